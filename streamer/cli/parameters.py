@@ -1,0 +1,120 @@
+"""Types and groups of options that several commands share; named as the arguments of StreamingEngine that they set."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+
+from streamer.errors import OptionError
+from streamer.options import parse_dtype, parse_size
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+_BITS = ("2", "3", "4", "16")
+
+
+class Parsed(click.ParamType):
+    """An option whose text a function of ours reads; what it refuses is a usage error while parsing.
+
+    Args:
+        name: shown in the help, in capitals.
+        parse: text to value; raises OptionError.
+    """
+
+    def __init__(self, name: str, parse: Callable[[str], Any]):
+        self.name = name
+        self._parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The value that a text stands for; a value that is no text is one already."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return self._parse(value)
+        except OptionError as error:
+            self.fail(str(error), param, ctx)
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Layer numbers of a list such as "0,-1".
+
+    Args:
+        text: integers with commas between them; negative ones count from the last layer.
+    Raises:
+        OptionError: something that is no integer.
+    Source: own.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise OptionError(f"{text!r} is not a list of layers: write numbers with commas, as in 0,-1") from None
+
+
+SIZE = Parsed("size", parse_size)
+DTYPE = Parsed("dtype", parse_dtype)
+LAYERS = Parsed("layers", parse_layers)
+TOKENS = click.IntRange(min=1)
+
+
+def _as_int(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    return None if value is None else int(value)
+
+
+def _bits_option(name: str, text: str, default: str | None = None) -> Callable[[_Command], _Command]:
+    return click.option(name, type=click.Choice(_BITS), callback=_as_int, default=default, help=text)
+
+
+_ENGINE_OPTIONS = (
+    _bits_option("--bits", "Bits of the KV cache; 16 leaves it uncompressed.", default="4"),
+    _bits_option("--key-bits", "Bits of the keys, if not those of --bits."),
+    _bits_option("--value-bits", "Bits of the values, if not those of --bits."),
+    click.option(
+        "--protected-layers",
+        type=LAYERS,
+        default=(),
+        show_default=False,
+        help='Layers whose cache stays uncompressed, e.g. "0,-1" (negative: from the last).',
+    ),
+    click.option("--vram", type=SIZE, help="GPU memory of the whole process, e.g. 8GiB.  [default: what is free]"),
+    click.option("--ram", type=SIZE, help="Host memory for weights, e.g. 32GiB.  [default: 90 % of what is free]"),
+    click.option("--context", type=TOKENS, help="Tokens of prompt and answer to make room for."),
+    click.option("--device", help="cuda, cuda:1 or cpu.  [default: cuda if there is one]"),
+    click.option("--dtype", type=DTYPE, default="auto", help="auto (as stored), bfloat16, float16 or float32."),
+    click.option("--prefill-chunk", type=TOKENS, help="Tokens of a prompt that pass through a layer at a time."),
+    click.option(
+        "--resident",
+        type=click.IntRange(min=0),
+        help="Layers that stay on the GPU; 0 streams every layer.  [default: as many as fit]",
+    ),
+    click.option("--offline", is_flag=True, help="Never use the network; HF_HUB_OFFLINE=1 does the same."),
+)
+
+
+def engine_options(command: _Command) -> _Command:
+    """The options that a command hands to StreamingEngine as they are, under the names of its arguments."""
+    for option in reversed(_ENGINE_OPTIONS):
+        command = option(command)
+    return command
+
+
+@contextmanager
+def quiet_libraries(*, hide_progress: bool) -> Iterator[None]:
+    """Within this, transformers prints no hints of its own: what a user must know comes from us, one line each.
+
+    Args:
+        hide_progress: hide the hub's progress bars of downloads as well.
+    """
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    if hide_progress:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if hide_progress:
+            enable_progress_bars()

@@ -1,0 +1,135 @@
+"""tq-stream run: a prompt in, the model's answer out, piece by piece."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from streamer.cli.group import CONTEXT_SETTINGS
+from streamer.cli.parameters import TOKENS, engine_options, quiet_libraries
+from streamer.cli.screen import Screen
+
+if TYPE_CHECKING:
+    from streamer.engine import StreamingEngine
+
+
+@click.command(context_settings=CONTEXT_SETTINGS)
+@click.argument("model")
+@click.argument("prompt", required=False)
+@click.option(
+    "--prompt-file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    allow_from_autoenv=False,
+    help="Read the prompt from this file (UTF-8).",
+)
+@click.option("--max-new-tokens", type=TOKENS, default=256, help="End the answer after this many tokens.")
+@click.option("--temperature", type=click.FloatRange(min=0), help="0 is greedy.  [default: the model's own]")
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    help="Draw from the likeliest tokens with this total probability.  [default: the model's own]",
+)
+@click.option(
+    "--top-k", type=click.IntRange(min=1), help="Draw from this many tokens.  [default: the model's own]"
+)
+@click.option("--seed", type=click.IntRange(min=0), help="Makes a drawn answer repeatable.")
+@engine_options
+@click.option("--no-chat-template", is_flag=True, help="Give the model the bare prompt.")
+@click.option(
+    "--json", "as_json", is_flag=True, allow_from_autoenv=False, help="Print one JSON object when the answer is done."
+)
+@click.option("--quiet", is_flag=True, help="Show no progress; notes and the closing line still come.")
+def run(
+    model: str,
+    prompt: str | None,
+    prompt_file: Path | None,
+    max_new_tokens: int,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    seed: int | None,
+    no_chat_template: bool,
+    as_json: bool,
+    quiet: bool,
+    **engine_arguments: Any,
+) -> None:
+    """Answer PROMPT with MODEL.
+
+    MODEL is a folder, a hub id (org/name) or a short name (Qwen2.5-14B). PROMPT comes from the command line, from
+    --prompt-file, or from standard input; one line end behind a file's or standard input's text is dropped. The answer
+    goes to standard output, all else to standard error. A variable TQ_STREAM_<OPTION> (such as TQ_STREAM_VRAM) gives
+    an option's default.
+
+    \b
+    Examples:
+      tq-stream run Qwen2.5-14B "Explain the tides" --bits 3 --vram 8GiB
+      tq-stream run ./my-model --prompt-file report.txt --max-new-tokens 500
+      git diff | tq-stream run Qwen/Qwen2.5-7B-Instruct --json
+    """
+    text = _read_prompt(prompt, prompt_file)
+    from streamer.engine import StreamingEngine
+
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    with Screen(shows_progress=not quiet) as screen, quiet_libraries(hide_progress=quiet):
+        with StreamingEngine(model, on_note=screen.line, **engine_arguments) as engine:
+            engine.stats.on_progress = screen.prefill
+            ids = engine.encode(text, chat_template=not no_chat_template)
+            _answer(engine, ids, screen, as_json=as_json, max_new_tokens=max_new_tokens, **sampling)
+
+
+def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    if prompt is not None and prompt_file is not None:
+        raise click.UsageError("a prompt was given twice, as an argument and by --prompt-file: give one of them")
+    if prompt is not None:
+        text, source = prompt, "the argument"
+    elif prompt_file is not None:
+        text, source = _decoded(prompt_file.read_bytes(), str(prompt_file)), str(prompt_file)
+    elif not sys.stdin.isatty():
+        text, source = _decoded(click.get_binary_stream("stdin").read(), "standard input"), "standard input"
+    else:
+        raise click.UsageError("no prompt: give PROMPT, --prompt-file FILE, or text on standard input")
+    if not text.strip():
+        raise click.UsageError(f"the prompt from {source} is empty: give PROMPT, --prompt-file FILE, or pipe text in")
+    return text
+
+
+def _decoded(content: bytes, source: str) -> str:
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"{source} is not UTF-8 text (byte {error.start}): convert it first") from error
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _answer(
+    engine: "StreamingEngine", ids: list[int], screen: Screen, *, as_json: bool, **generation: Any
+) -> None:
+    from streamer.cli.summary import summarize
+
+    pieces: list[str] = []
+
+    def show(piece: str) -> None:
+        screen.end_prefill()
+        pieces.append(piece)
+        if not as_json:
+            click.echo(piece, nl=False)  # echo flushes
+
+    interrupt: KeyboardInterrupt | None = None
+    try:
+        engine.generate_ids(ids, on_text=show, **generation)
+    except KeyboardInterrupt as error:
+        interrupt = error
+    finally:
+        screen.end_prefill()
+        text = "".join(pieces)
+        if not as_json and text and not text.endswith("\n"):
+            click.echo()
+    summary = summarize(engine)
+    if as_json:
+        run_facts = {"model": str(engine.folder), "text": text, "interrupted": interrupt is not None}
+        click.echo(json.dumps(run_facts | summary.as_dict() | {"notes": engine.stats.notes}, ensure_ascii=False))
+    if interrupt is not None:
+        raise type(interrupt)(f"Interrupted after {summary.new_tokens} new tokens.") from interrupt
+    screen.line(summary.line())

@@ -1,0 +1,340 @@
+"""transformers' model with its layers replaced by ones whose weights come and go.
+
+Composition only: a StreamedLayer owns transformers' layer and calls it, a Gate owns one large child of it, a
+StreamedEmbedding and a StreamedHead own the ends. Their `forward` is the page on which waiting for bytes, computing
+and releasing stand in that order.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import Cache, PreTrainedModel
+
+from streamer.architecture import Architecture, Parameter, Unit
+from streamer.errors import UnsupportedModelError
+from streamer.stats import RunStats
+from turboquant.hf import CausalMask, CompressedLayer, prepare_cache
+
+# Arguments of a layer that have one entry per token of the prompt, and the axis on which those lie.
+_TOKEN_AXIS = {"position_ids": -1, "cache_position": 0, "position_embeddings": -2, "per_layer_input": 1}
+
+# Tensor arguments of a layer that hold for all its tokens alike.
+_NOT_PER_TOKEN = frozenset({"attention_mask", "past_key_values", "layer_past", "alibi"})
+
+
+class Weights(Protocol):
+    """What a streamed module asks of its weights (DeviceWeights, MappedWeights)."""
+
+    def parameter(self, unit: int, parameter: Parameter) -> torch.Tensor: ...
+    def wait(self, unit: int) -> None: ...
+    def release(self, unit: int) -> None: ...
+
+
+class Gate(nn.Module):
+    """A large child of a layer: its bytes are waited for just before it runs, and given back after its last use."""
+
+    def __init__(self, child: nn.Module, weights: Weights, unit: int):
+        super().__init__()
+        # a tuple, so that the child's parameters are not this model's: they are views that come and go
+        self._owned = (child,)
+        self._weights, self._unit = weights, unit
+        self.is_open = False
+        self.is_last_use = True
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_owned"][0], name)  # layers ask their children for settings
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Wait, run the child, release."""
+        if not self.is_open:
+            self._weights.wait(self._unit)
+            self.is_open = True
+        out = self._owned[0](*args, **kwargs)
+        if self.is_last_use:
+            self._weights.release(self._unit)
+            self.is_open = False
+        return out
+
+
+class StreamedLayer(nn.Module):
+    """One decoder layer. A long prompt goes through it in chunks: its weights cross the link once per prompt."""
+
+    def __init__(self, layer: nn.Module, index: int, gates: Sequence[Gate], settings: "RunSettings", stats: RunStats):
+        super().__init__()
+        self._owned = (layer,)
+        self._index, self._gates, self._settings, self._stats = index, tuple(gates), settings, stats
+        self._signature = inspect.signature(layer.forward)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_owned"][0], name)  # models ask their layers for settings
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' layer, over all tokens or chunk by chunk."""
+        call = self._named(args, kwargs)
+        hidden = call["hidden_states"]
+        chunks = self._chunks(call, hidden.shape[1])
+        if len(chunks) == 1:
+            out = self._owned[0](**call)
+            self._finish(1)
+            return out
+        for gate in self._gates:
+            gate.is_last_use = False
+        cache = call.get("past_key_values", call.get("layer_past"))
+        # in place: rows of a chunk that has been read are not needed again; but the model may keep the embedding
+        out = torch.empty_like(hidden) if self._index == 0 else hidden
+        try:
+            with _prompt(cache, self._index, hidden.shape[1]):
+                past = _cached_tokens(cache, self._index)
+                for number, (start, stop) in enumerate(chunks):
+                    if stop == hidden.shape[1]:
+                        for gate in self._gates:
+                            gate.is_last_use = True
+                    part = self._owned[0](**_slice(call, start, stop, hidden.shape[1], past))
+                    out[:, start:stop] = part[0] if isinstance(part, tuple) else part
+                    self._stats.on_chunk(self._index, number + 1, len(chunks))
+        finally:
+            for gate in self._gates:
+                gate.is_last_use = True
+        self._finish(len(chunks))
+        return (out,) if isinstance(part, tuple) else out
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        bound = self._signature.bind(*args, **kwargs)
+        named: dict[str, Any] = {}
+        for name, value in bound.arguments.items():
+            if self._signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+                named.update(value)
+            else:
+                named[name] = value
+        return named
+
+    def _chunks(self, call: dict[str, Any], tokens: int) -> list[tuple[int, int]]:
+        size = self._settings.prefill_chunk
+        if tokens <= size or not self._settings.may_chunk:
+            return [(0, tokens)]
+        for name, value in call.items():
+            if name == "hidden_states" or name in _TOKEN_AXIS or name in _NOT_PER_TOKEN:
+                continue
+            if isinstance(value, torch.Tensor) and tokens in value.shape:
+                self._stats.note(f"layer argument {name} cannot be split: prompts go through in one chunk")
+                return [(0, tokens)]
+        return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+    def _finish(self, uses: int) -> None:
+        for gate in self._gates:
+            if gate.is_open:
+                raise UnsupportedModelError(
+                    f"layer {self._index} did not call its part {type(gate._owned[0]).__name__} in {uses} chunks"
+                )
+        self._stats.on_layer(self._index)
+
+
+class RunSettings:
+    """What may change between two generations of one assembled model."""
+
+    def __init__(self, prefill_chunk: int, may_chunk: bool):
+        self.prefill_chunk, self.may_chunk = prefill_chunk, may_chunk
+
+
+@contextmanager
+def _prompt(cache: Any, index: int, tokens: int) -> Iterator[None]:
+    """Tell a compressed layer that `tokens` tokens come in chunks and read each other uncompressed."""
+    layer = cache.layers[index] if isinstance(cache, Cache) and index < len(cache.layers) else None
+    with ExitStack() as stack:
+        if isinstance(layer, CompressedLayer):
+            stack.enter_context(layer.prompt(tokens))
+        yield
+
+
+def _cached_tokens(cache: Any, index: int) -> int:
+    return int(cache.get_seq_length(index)) if isinstance(cache, Cache) else 0
+
+
+def _slice(call: dict[str, Any], start: int, stop: int, tokens: int, past: int) -> dict[str, Any]:
+    """The arguments of a layer for the tokens [start, stop) of a prompt of `tokens`, `past` tokens being cached."""
+    part = dict(call)
+    part["hidden_states"] = call["hidden_states"][:, start:stop]
+    for name, axis in _TOKEN_AXIS.items():
+        if name in call:
+            part[name] = _narrow(call[name], axis, start, stop, tokens)
+    mask = call.get("attention_mask")
+    if isinstance(mask, CausalMask):
+        part["attention_mask"] = mask.first_columns(past + stop)
+    elif isinstance(mask, torch.Tensor) and mask.ndim == 4:
+        part["attention_mask"] = mask[:, :, start:stop, : mask.shape[-1] - (tokens - stop)]
+    return part
+
+
+def _narrow(value: Any, axis: int, start: int, stop: int, tokens: int) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value)(_narrow(item, axis, start, stop, tokens) for item in value)
+    if isinstance(value, torch.Tensor) and value.shape[axis] == tokens:
+        return value.narrow(axis, start, stop - start)
+    return value
+
+
+class StreamedEmbedding(nn.Module):
+    """The embedding: rows of the tokens at hand are gathered on the host, where the table stays.
+
+    The class's own forward runs on the gathered rows, so scaled embeddings (Gemma) need no code here.
+    """
+
+    def __init__(self, embedding: nn.Module, table: torch.Tensor, device: torch.device, settings: RunSettings):
+        super().__init__()
+        self._owned = (embedding, table)
+        self._device, self._settings = device, settings
+        embedding.padding_idx = None  # type: ignore[assignment]  # matters to gradients only, and counts table rows
+        self.embedding_dim = table.shape[1]
+        self.num_embeddings = table.shape[0]
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """token_ids [B, T] on any device -> hidden [B, T, E] on the model's."""
+        embedding, table = self._owned
+        on_host = token_ids.cpu()
+        out: torch.Tensor | None = None
+        step = max(self._settings.prefill_chunk, 1)
+        for start in range(0, on_host.shape[1], step):
+            part = on_host[:, start : start + step]
+            rows = table.index_select(0, part.flatten()).to(self._device)  # [B * t, E]
+            embedding._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
+            hidden = embedding(torch.arange(rows.shape[0], device=self._device).view(part.shape))
+            if part.shape == on_host.shape:
+                out = hidden
+                break
+            if out is None:
+                out = hidden.new_empty(*on_host.shape, hidden.shape[-1])
+            out[:, start : start + step] = hidden
+        embedding._parameters["weight"] = None
+        if out is None:
+            raise ValueError("an embedding was asked for no tokens")
+        return out
+
+
+class StreamedHead(nn.Module):
+    """The output matrix, in one piece or in slices of rows that go through the ring."""
+
+    def __init__(self, head: nn.Module, parameter: Parameter, weights: Weights, units: Sequence[tuple[int, Unit]]):
+        super().__init__()
+        bias = getattr(head, "bias", None)
+        self.bias = bias
+        self._weights = weights
+        self._slices = [(unit, part.rows, weights.parameter(unit, parameter)) for unit, part in units]
+        self.out_features = parameter.shape[0]
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [B, T, E] -> logits [B, T, V]."""
+        parts = []
+        for unit, rows, weight in self._slices:
+            self._weights.wait(unit)
+            bias = self.bias
+            if bias is not None and rows is not None:
+                bias = bias[rows[0] : rows[1]]
+            parts.append(nn.functional.linear(hidden, weight, bias))
+            self._weights.release(unit)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+class ChunkedNorm(nn.Module):
+    """The norm after the last layer, over a long prompt in chunks: its float32 copy would be the largest tensor."""
+
+    def __init__(self, norm: nn.Module, settings: RunSettings):
+        super().__init__()
+        self.norm, self._settings = norm, settings
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [B, T, E], overwritten when it is longer than a chunk."""
+        size = self._settings.prefill_chunk
+        if hidden.ndim != 3 or hidden.shape[1] <= size:
+            return self.norm(hidden)  # type: ignore[no-any-return]
+        for start in range(0, hidden.shape[1], size):
+            hidden[:, start : start + size] = self.norm(hidden[:, start : start + size])
+        return hidden
+
+
+def assemble(
+    architecture: Architecture,
+    units: Sequence[Unit],
+    weights: Weights,
+    resident: dict[str, torch.Tensor],
+    table: torch.Tensor,
+    device: torch.device,
+    settings: RunSettings,
+    stats: RunStats,
+) -> PreTrainedModel:
+    """Put streamed modules into the architecture's model and bind every parameter.
+
+    Args:
+        units: of a pass, in order; those of the head last.
+        weights: where their bytes are.
+        resident: value of each parameter that is in no unit, by name, on the device.
+        table: [V, E] embedding table on the host.
+    Returns:
+        architecture.model, changed in place: no parameter of it is on meta.
+    """
+    model = architecture.model
+    for name, value in resident.items():
+        _bind(model, name, value)
+    for name, buffer in model.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+    index_of = {(unit.name, unit.rows): i for i, unit in enumerate(units)}
+    layers = model.get_submodule(architecture.layer_path)
+    for number, layer_units in enumerate(architecture.layers):
+        layer = layers[number]  # type: ignore[index]  # a ModuleList
+        gates = []
+        for unit in layer_units:
+            position = index_of[unit.name, unit.rows]
+            for parameter in unit.parameters:
+                _bind(model, parameter.name, weights.parameter(position, parameter))
+            child_name = unit.name.rpartition(".")[2]
+            gate = Gate(getattr(layer, child_name), weights, position)
+            gates.append(gate)
+            layer._modules[child_name] = gate
+        layers[number] = StreamedLayer(layer, number, gates, settings, stats)  # type: ignore[operator,index]
+    head_units = [(i, unit) for i, unit in enumerate(units) if unit.rows is not None]
+    embedding_name = architecture.embedding.name.rpartition(".")[0]
+    head_name = architecture.head.name.rpartition(".")[0]
+    embedding, head = model.get_submodule(embedding_name), model.get_submodule(head_name)
+    _replace(model, embedding_name, StreamedEmbedding(embedding, table, device, settings))
+    _replace(model, head_name, StreamedHead(head, architecture.head, weights, head_units))
+    decoder = model.get_submodule(architecture.layer_path.rpartition(".")[0])
+    for child_name, child in list(decoder.named_children()):
+        if "norm" in type(child).__name__.lower():
+            decoder._modules[child_name] = ChunkedNorm(child, settings)
+    return model
+
+
+def _bind(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._buffers:
+        module._buffers[leaf] = value
+    else:
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    owner, _, leaf = name.rpartition(".")
+    model.get_submodule(owner)._modules[leaf] = module
+
+
+class CacheMaker:
+    """Stands for `_prepare_cache_for_generation` of an assembled model: plain `generate` gets the engine's cache."""
+
+    def __init__(self, model: PreTrainedModel, make: Callable[[], Cache]):
+        self._model, self._make = model, make
+        self._plain = type(model)._prepare_cache_for_generation
+
+    def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        prepare_cache(generation_config, model_kwargs, self._make)
+        return self._plain(self._model, generation_config, model_kwargs, *args, **kwargs)

@@ -1,0 +1,48 @@
+"""TextPieces: token ids one by one -> text as soon as its characters are complete."""
+
+from transformers import PreTrainedTokenizerBase
+
+# What a tokenizer puts for bytes that are not a whole character yet.
+_BROKEN = "\N{REPLACEMENT CHARACTER}"
+
+# Tokens before the newest that are decoded along: enough for tokenizers that join words with what stands before.
+_CONTEXT_TOKENS = 6
+
+
+class TextPieces:
+    """Decodes an answer piece by piece.
+
+    Args:
+        tokenizer: special tokens of it are left out of the text.
+    The pieces joined equal the whole answer decoded at once for tokenizers whose text of a token depends on at most
+    the six before it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._start = self._shown = 0  # ids from _start on are decoded again; those before _shown have been given out
+        self.text = ""
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def add(self, token_id: int) -> str:
+        """Text that this token completes; empty while a character waits for more bytes."""
+        self._ids.append(token_id)
+        return self._advance(is_end=False)
+
+    def finish(self) -> str:
+        """What is left at the end, broken characters included."""
+        return self._advance(is_end=True)
+
+    def _advance(self, *, is_end: bool) -> str:
+        before = self._decode(self._ids[self._start : self._shown])
+        now = self._decode(self._ids[self._start :])
+        if not is_end and now.endswith(_BROKEN):
+            return ""
+        piece = now[len(before) :]
+        self._shown = len(self._ids)
+        self._start = max(self._start, self._shown - _CONTEXT_TOKENS)
+        self.text += piece
+        return piece

@@ -1,0 +1,67 @@
+"""A streamed model equals transformers' own, token for token, for every family, chunk size and padded batch."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from streamer import StreamingEngine
+from conftest import RANDOM_MODELS
+
+MODEL_TYPES = tuple(RANDOM_MODELS)
+
+NEW_TOKENS = 24
+
+
+def reference(folder: Path, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model.generate(ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=127)
+
+
+def prompts(batch: int, longest: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left-padded token ids and mask: rows of longest, longest - 7, longest - 14, ... tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 120, (batch, longest), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(batch):
+        mask[row, : 7 * row] = 0
+        ids[row, : 7 * row] = 127
+    return ids, mask
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_single_prompts_in_any_chunks(model_type: str, random_checkpoint: Callable[..., Path]) -> None:
+    folder = random_checkpoint(model_type)
+    for longest, chunk in ((1, 4096), (5, 7), (45, 7), (45, 4096)):
+        ids, mask = prompts(1, longest)
+        engine = StreamingEngine(folder, bits=16, device="cpu", prefill_chunk=chunk)
+        got = engine.model.generate(
+            ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=127
+        )
+        assert torch.equal(got, reference(folder, ids, mask)), (longest, chunk)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_left_padded_batch_longer_than_the_window(model_type: str, random_checkpoint: Callable[..., Path]) -> None:
+    folder = random_checkpoint(model_type)
+    ids, mask = prompts(3, 40)
+    engine = StreamingEngine(folder, bits=16, device="cpu", prefill_chunk=7)
+    got = engine.model.generate(ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=127)
+    assert torch.equal(got, reference(folder, ids, mask))
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_batch_and_single_agree_at_4_bits(model_type: str, random_checkpoint: Callable[..., Path]) -> None:
+    folder = random_checkpoint(model_type)
+    ids, mask = prompts(3, 230)
+    engine = StreamingEngine(folder, bits=4, device="cpu", prefill_chunk=50)
+    together = engine.model.generate(
+        ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=127
+    )
+    for row in range(3):
+        alone = engine.model.generate(
+            ids[row : row + 1, 7 * row :], max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=127
+        )
+        assert torch.equal(together[row, 7 * row :], alone[0]), row

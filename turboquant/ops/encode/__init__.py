@@ -1,0 +1,54 @@
+"""encode: rotated vectors -> bit planes and scales."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from turboquant.codebook import embedded_codebook
+from turboquant.errors import ShapeError
+from turboquant.ops.encode import reference
+from turboquant.planes import pack, plane_bytes
+
+
+@dataclass(frozen=True)
+class EncodedVectors:
+    """Vectors as bit planes (turboquant/planes.py) of the embedded code, and one scale each.
+
+    Attributes:
+        planes: bits - 1 uint8 tensors, most significant first: [..., D/4], then [..., D/8] each.
+        scale: [...] float16.
+    """
+
+    planes: tuple[Tensor, ...]
+    scale: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors held."""
+        return sum(plane.nbytes for plane in self.planes) + self.scale.nbytes
+
+
+def encode(x: Tensor, bits: int, *, rule: str = "unbiased") -> EncodedVectors:
+    """Vectors in the embedded code, with the scale that the rule asks for.
+
+    A row's result has the same bits whatever batch it lies in.
+
+    Args:
+        x: [..., D] floating, already rotated (and less its block's mean, where one is kept); D a multiple of 8.
+        bits: 2, 3 or 4.
+        rule: how the scale is chosen; "plain", "corrected" (length kept), "unbiased" (the product of a vector with
+            its reconstruction is its squared length: tests/unit/test_turboquant_encode.py) or "optimal" (least
+            squared error for these codes: same file).
+    Returns:
+        Planes and float16 scales, new tensors. A zero vector has scale 0. A vector with NaN or infinity has scale
+        NaN, and one too large for float16 has scale infinity: both come out of `unpack` as such, never clamped.
+    Raises:
+        OptionError: another width, unknown rule, or D is not a positive multiple of 8.
+        ShapeError: x is not floating point, or has no axis.
+    Source: own; see turboquant/ops/encode/reference.py for the rules.
+    """
+    if not x.is_floating_point() or x.dim() == 0:
+        raise ShapeError(f"encode takes a floating tensor [..., D], got {x.dtype} {list(x.shape)}")
+    plane_bytes(x.shape[-1], bits)
+    codes, scale = reference.encode_codes(x, embedded_codebook(bits), rule)
+    return EncodedVectors(pack(codes, bits), scale)

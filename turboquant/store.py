@@ -1,0 +1,513 @@
+"""CompressedKV: the keys and values of ONE layer, compressed: append, attend, crop, nbytes.
+
+Every row (sequence) of the batch keeps its own tokens, without padding, in three parts:
+
+    token   0 .. sinks-1 | sinks .. sinks+64*blocks-1       | ... length-1
+            sinks        | blocks of 64 tokens, bit planes  | recent window (a ring)
+            model dtype  | 2 to 4 bits and one fp16 scale   | model dtype
+
+All parts hold rotated vectors, keys without their bias term, so one rotated query serves them all. A token is
+rotated and rounded once, when it is appended: codes do not depend on how the tokens were split over calls.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from turboquant import planes
+from turboquant.blocks import BLOCK_TOKENS, Side
+from turboquant.errors import OptionError, ShapeError, StateError
+from turboquant.key_bias import KeyBias
+from turboquant.ops.attend import Segment, attend
+from turboquant.policy import Precision
+from turboquant.rotation import make_rotation
+
+# Blocks decoded or coded at a time: bounds the float32 scratch of one call (4096 tokens) whatever the context.
+_BLOCKS_PER_PIECE = 64
+
+# Newest tokens that may be taken back without a trace after `record_past` (drafts of speculative decoding).
+TENTATIVE_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """What one layer's store keeps and how.
+
+    Attributes:
+        precision: bits of keys and values (2, 3, 4, or 16 for one of the two).
+        window: newest tokens that stay in the model's dtype (up to 63 more wait for a whole block).
+        sinks: oldest tokens of each row that stay in the model's dtype (Xiao et al. 2023, arXiv 2309.17453).
+        rotation: "hadamard" or "qr".
+        seed: of the rotations; keys and values of a layer use different ones.
+        block_means: take the mean of each block of 64 out of its keys before coding.
+        capacity_tokens: allocate the blocks for that many tokens a row at once, or None to grow in slabs.
+    """
+
+    precision: Precision
+    window: int = 128
+    sinks: int = 4
+    rotation: str = "hadamard"
+    seed: int = 0
+    block_means: bool = True
+    capacity_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("window", self.window), ("sinks", self.sinks)):
+            if value < 0:
+                raise OptionError(f"{name} must be at least 0 tokens; got {value}")
+        if self.capacity_tokens is not None and self.capacity_tokens < 0:
+            raise OptionError(f"capacity_tokens must be at least 0, or None to grow; got {self.capacity_tokens}")
+        make_rotation(self.rotation, BLOCK_TOKENS, self.seed)  # refuses an unknown kind now, not at the first token
+
+
+@dataclass
+class _Row:
+    """One sequence: its tokens, its columns of left padding, and its coded blocks, oldest first."""
+
+    length: int = 0
+    pad: int = 0
+    blocks: list[int] = field(default_factory=list)
+
+
+class CompressedKV:
+    """Keys and values of one layer, compressed.
+
+    Args:
+        options: StoreOptions.
+        key_bias: the layer's KeyBias, or None.
+    Heads, widths (multiples of 8), dtype, device and batch size come with the first append.
+    """
+
+    def __init__(self, options: StoreOptions, *, key_bias: KeyBias | None = None):
+        self.options, self.key_bias = options, key_bias
+        self._records_past = False
+        self._ring_tokens = options.window + BLOCK_TOKENS
+        self._rows: list[_Row] = []
+        self._columns = 0
+        self._sides: tuple[Side, Side] | None = None
+        self._uses: list[int] = []  # rows that hold each block; 0 = free
+        self._free: list[int] = []
+
+    # ------------------------------------------------------------------ size
+    @property
+    def batch_size(self) -> int:
+        """Rows held; 0 before the first append."""
+        return len(self._rows)
+
+    @property
+    def columns(self) -> int:
+        """Tokens of every row with its padding: the sequence length as transformers counts it."""
+        return self._columns
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens held by each row, padding not counted."""
+        return tuple(row.length for row in self._rows)
+
+    @property
+    def coded_tokens(self) -> int:
+        """Tokens of the longest row that are held as codes."""
+        return BLOCK_TOKENS * max((len(row.blocks) for row in self._rows), default=0)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor held."""
+        held = [tensor for side in self._sides or () for tensor in side.tensors]
+        if self.key_bias is not None:
+            held += [self.key_bias.bias, self.key_bias.inverse_frequencies]
+        return held
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors held: dense tails, every slab (blocks in use and free), key bias."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def bytes_by_part(self) -> dict[str, int]:
+        """nbytes split into "codes" (planes), "scales", "means", "dense" (sinks and window) and "bias"."""
+        sides = self._sides or ()
+        return {
+            "codes": sum(pool.nbytes for side in sides for pool in side.planes),
+            "scales": sum(side.scales.nbytes for side in sides if side.scales is not None),
+            "means": sum(side.means.nbytes for side in sides if side.means is not None),
+            "dense": sum(side.tail.nbytes for side in sides),
+            "bias": self.key_bias.nbytes if self.key_bias is not None else 0,
+        }
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes that the same columns take uncompressed, in the model's dtype."""
+        return sum(side.tail.nbytes // side.tail.shape[2] * self._columns for side in self._sides or ())
+
+    # ---------------------------------------------------------------- append
+    def append(self, keys: torch.Tensor, values: torch.Tensor, pads: Sequence[int] | None = None) -> None:
+        """Add tokens to every row; tokens older than the window are coded, in blocks of 64.
+
+        Args:
+            keys: [B, G, T, Dk] as the model made them (after the rotary embedding), float16, bfloat16 or float32.
+            values: [B, G, T, Dv], same dtype and device.
+            pads: how many of each row's first columns (earlier calls included) are padding, which is not stored;
+                None = as before. A row that holds tokens keeps the padding it has (`accepts_padding`).
+        Raises:
+            ShapeError: a shape differs from that of earlier tokens. StateError: a row cannot have that padding.
+        """
+        if not self.accepts_padding(pads):
+            raise StateError(
+                f"padding of {list(pads or ())} columns was asked for rows whose padding is "
+                f"{[row.pad for row in self._rows]} and fixed since they hold tokens; reset the store first"
+            )
+        if self._sides is None:
+            self._start(keys, values)
+        for name, new, side in zip(("keys", "values"), (keys, values), self._both(), strict=True):
+            batch, heads, _, width = side.tail.shape
+            if (new.shape[0], new.shape[1], new.shape[3]) != (batch, heads, width):
+                raise ShapeError(
+                    f"the store holds {batch} rows of {heads} heads of {width}; got {name} {tuple(new.shape)}"
+                )
+        if keys.shape[2] != values.shape[2]:
+            raise ShapeError(f"keys have {keys.shape[2]} tokens and values {values.shape[2]}; one of each is needed")
+        if pads is not None:
+            if len(pads) != len(self._rows):
+                raise ShapeError(f"the store holds {len(self._rows)} rows; got padding of {len(pads)}")
+            for row, pad in zip(self._rows, pads, strict=True):
+                row.pad = pad
+        if self._records_past:
+            self.commit()
+        piece = BLOCK_TOKENS * _BLOCKS_PER_PIECE
+        for start in range(0, keys.shape[2], piece):
+            self._append_columns(keys[:, :, start : start + piece], values[:, :, start : start + piece])
+
+    def accepts_padding(self, pads: Sequence[int] | None) -> bool:
+        """Whether the first `pads[b]` columns of each row b can be padding: no token may be stored for them."""
+        if pads is None or not self._rows:
+            return True
+        return len(pads) == len(self._rows) and all(
+            pad == row.pad or (row.length == 0 and pad >= row.pad) for pad, row in zip(pads, self._rows, strict=True)
+        )
+
+    def _both(self) -> tuple[Side, Side]:
+        if self._sides is None:
+            raise StateError("the store is empty: append tokens first")
+        return self._sides
+
+    def _start(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        options, slots = self.options, self.options.sinks + self._ring_tokens
+        key_rotation = make_rotation(options.rotation, keys.shape[-1], 2 * options.seed)
+        value_rotation = make_rotation(options.rotation, values.shape[-1], 2 * options.seed + 1)
+        self._sides = (
+            Side(options.precision.key_bits, key_rotation, options.block_means, slots, keys),
+            Side(options.precision.value_bits, value_rotation, False, slots, values),
+        )
+        self._rows = [_Row() for _ in range(keys.shape[0])]
+        if self.key_bias is not None:
+            self.key_bias = self.key_bias.to(keys.device)
+        if options.capacity_tokens is not None:
+            self._grow(len(self._rows) * blocks_for(options.capacity_tokens, options))
+
+    def _append_columns(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        first, tokens = self._columns, keys.shape[2]
+        key_side, value_side = self._both()
+        if self.key_bias is not None:
+            keys = keys.float() - self._key_bias_vectors(self.key_bias, first, tokens, keys.device)
+        keys, values = key_side.rotate(keys), value_side.rotate(values)
+        self._columns += tokens
+        for b, row in enumerate(self._rows):
+            skip = min(max(row.pad - first, 0), tokens)  # columns of this call that are padding in this row
+            self._append_row(b, row, (keys[b, :, skip:], values[b, :, skip:]))
+
+    def _key_bias_vectors(self, bias: KeyBias, first: int, tokens: int, device: torch.device) -> torch.Tensor:
+        columns = torch.arange(first, first + tokens, device=device)
+        pads = [row.pad for row in self._rows]
+        if len(set(pads)) == 1:
+            return bias.vectors(columns - pads[0])
+        return bias.vectors(columns - torch.tensor(pads, device=device)[:, None])
+
+    def _append_row(self, b: int, row: _Row, new: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Add rotated tokens [G, t, D] (keys, values) to row b: sinks, then codes, then the window."""
+        sinks, tokens = self.options.sinks, new[0].shape[1]
+        to_sinks = min(max(sinks - row.length, 0), tokens)
+        if to_sinks:
+            self._write_tail(b, row.length, new, 0, to_sinks)
+            row.length += to_sinks
+        if to_sinks == tokens:
+            return
+        start = row.length - sinks  # tokens after the sinks, so far and in the end
+        end = start + tokens - to_sinks
+        # while recording, a token that a crop may take back must not push an older one into codes
+        tentative = TENTATIVE_TOKENS if self._records_past else 0
+        blocks = max(len(row.blocks), (end - self.options.window - tentative) // BLOCK_TOKENS)
+        if blocks > len(row.blocks):
+            self._code(b, row, blocks, start, (new[0][:, to_sinks:], new[1][:, to_sinks:]))
+        for at, count in self._ring_runs(max(start, BLOCK_TOKENS * blocks), end):
+            self._write_tail(b, sinks + at % self._ring_tokens, new, to_sinks + at - start, count)
+        row.length = sinks + end
+
+    def _code(
+        self, b: int, row: _Row, blocks: int, start: int, new: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> None:
+        """Code row b up to `blocks` blocks; tokens before `start` lie in its ring, later ones in new [G, t, D]."""
+        first, last = BLOCK_TOKENS * len(row.blocks), BLOCK_TOKENS * blocks
+        for piece in range(first, last, BLOCK_TOKENS * _BLOCKS_PER_PIECE):
+            stop = min(piece + BLOCK_TOKENS * _BLOCKS_PER_PIECE, last)
+            ids = self._take((stop - piece) // BLOCK_TOKENS)
+            for i, side in enumerate(self._both()):
+                parts = [
+                    side.tail[b, :, self.options.sinks + at % self._ring_tokens :][:, :count]
+                    for at, count in self._ring_runs(piece, min(stop, start))
+                ]
+                if new is not None and stop > start:
+                    parts.append(new[i][:, max(piece - start, 0) : stop - start])
+                side.write_blocks(ids, parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+            row.blocks.extend(ids)
+
+    def _ring_runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Token ranges of [start, stop) that are contiguous in the ring: (first token, count)."""
+        while start < stop:
+            count = min(stop - start, self._ring_tokens - start % self._ring_tokens)
+            yield start, count
+            start += count
+
+    def _write_tail(
+        self, b: int, slot: int, new: tuple[torch.Tensor, torch.Tensor], source: int, count: int
+    ) -> None:
+        for side, tokens in zip(self._both(), new, strict=True):
+            side.tail[b, :, slot : slot + count] = tokens[:, source : source + count]
+
+    def record_past(self) -> None:
+        """From here on the newest 128 tokens may be taken back by crop without a trace.
+
+        Tokens that they push out of the window are coded by the next append, or by commit.
+        """
+        if self._records_past:
+            return
+        self._records_past = True
+        old_ring, sinks = self._ring_tokens, self.options.sinks
+        self._ring_tokens += TENTATIVE_TOKENS
+        for side in self._sides or ():
+            wide = side.tail.new_zeros(*side.tail.shape[:2], sinks + self._ring_tokens, side.tail.shape[-1])
+            wide[:, :, :sinks] = side.tail[:, :, :sinks]
+            for b, row in enumerate(self._rows):
+                for token in range(BLOCK_TOKENS * len(row.blocks), row.length - sinks):
+                    wide[b, :, sinks + token % self._ring_tokens] = side.tail[b, :, sinks + token % old_ring]
+            side.tail = wide
+
+    def commit(self) -> None:
+        """Code every block that has left the window: what was appended will not be taken back."""
+        for b, row in enumerate(self._rows):
+            end = row.length - self.options.sinks
+            blocks = (end - self.options.window) // BLOCK_TOKENS
+            if blocks > len(row.blocks):
+                self._code(b, row, blocks, end, None)
+
+    # ---------------------------------------------------------------- blocks
+    def _grow(self, blocks: int) -> None:
+        if not blocks:
+            return
+        for side in self._both():
+            for pool in side.pools:
+                pool.grow(blocks)
+        self._free += range(len(self._uses), len(self._uses) + blocks)
+        self._uses += [0] * blocks
+
+    def _take(self, count: int) -> list[int]:
+        """Ids of free blocks, lowest first; a new slab when they run out."""
+        if count > len(self._free):
+            # slabs of a sixteenth of what exists: at most 6 % idle, and few slabs however long the context
+            self._grow(max(count - len(self._free), len(self._uses) // 16))
+        ids, self._free = self._free[:count], self._free[count:]
+        for block in ids:
+            self._uses[block] = 1
+        return ids
+
+    def _give_back(self, ids: Sequence[int]) -> None:
+        for block in ids:
+            self._uses[block] -= 1
+            if not self._uses[block]:
+                self._free.append(block)
+        self._free.sort()
+
+    # ------------------------------------------------------------------ read
+    def attend(
+        self,
+        q: torch.Tensor,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sink_logits: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of the newest T tokens of each row over all its tokens, codes read in pieces.
+
+        Args:
+            q: [B, H, T, Dk], queries of the last T appended tokens as the model made them; H a multiple of G.
+            scale: factor on the scores. softcap, sink_logits [H]: see ops.attend.
+        Returns:
+            [B, H, T, Dv], dtype of q; a row that holds no token gives zeros.
+        Raises:
+            StateError: the store is empty. ShapeError: q does not fit the store.
+        """
+        key_side, value_side = self._both()
+        batch, heads, tokens, width = q.shape
+        rows, kv_heads, _, key_dim = key_side.tail.shape
+        if batch != rows or heads % kv_heads or width != key_dim:
+            raise ShapeError(f"queries {tuple(q.shape)} do not fit {rows} rows of {kv_heads} KV heads of {key_dim}")
+        groups = heads // kv_heads
+        plain = q.float().unflatten(1, (kv_heads, groups))  # [B, G, H / G, T, D]
+        rotated = key_side.rotation.apply(plain)
+        logits = None
+        if sink_logits is not None:
+            logits = sink_logits.float().view(kv_heads, groups, 1).expand(-1, -1, tokens).flatten(1)
+        out = q.new_zeros(batch, heads, tokens, value_side.tail.shape[-1])
+        for b, row in enumerate(self._rows):
+            if row.length == 0:
+                continue
+            result = attend(
+                rotated[b].flatten(1, 2),
+                self._segments(b, row, plain[b].flatten(1, 2), tokens),
+                scale=scale,
+                softcap=softcap,
+                sink_logits=logits,
+            )  # [G, H / G * T, Dv]
+            result = value_side.rotation.invert(result)
+            out[b] = result.unflatten(1, (groups, tokens)).flatten(0, 1).to(q.dtype)
+        return out
+
+    def _segments(self, b: int, row: _Row, plain_q: torch.Tensor, tokens: int) -> Iterator[Segment]:
+        groups = plain_q.shape[1] // tokens
+        for index, keys, values in self._pieces(b, row):
+            terms = self.key_bias.scores(plain_q, index) if self.key_bias is not None else None
+            visible = None
+            if tokens > 1:
+                # query i of the call is the row's token length - T + i; a query that was padding sees the first token
+                query = torch.arange(row.length - tokens, row.length, device=index.device).clamp_min(0)
+                visible = (index[None, :] <= query[:, None]).repeat(groups, 1)
+            yield Segment(keys, values, terms, visible)
+
+    def _pieces(self, b: int, row: _Row) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """The tokens of row b in order: indices [n], rotated keys and values [G, n, D] float32, a piece at a time."""
+        keys, values = self._both()
+        device, sinks = keys.tail.device, self.options.sinks
+
+        def dense(token: int, slot: int, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            slots = slice(slot, slot + count)
+            index = torch.arange(token, token + count, device=device)
+            return index, keys.tail[b, :, slots].float(), values.tail[b, :, slots].float()
+
+        if sinks and row.length:
+            yield dense(0, 0, min(sinks, row.length))
+        for first in range(0, len(row.blocks), _BLOCKS_PER_PIECE):
+            ids = row.blocks[first : first + _BLOCKS_PER_PIECE]
+            start = sinks + BLOCK_TOKENS * first
+            index = torch.arange(start, start + BLOCK_TOKENS * len(ids), device=device)
+            yield index, keys.read_blocks(ids), values.read_blocks(ids)
+        for at, count in self._ring_runs(BLOCK_TOKENS * len(row.blocks), row.length - sinks):
+            yield dense(sinks + at, sinks + at % self._ring_tokens, count)
+
+    def unpacked(self, extra_columns: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values as the model made them, for the length of one call.
+
+        Args:
+            extra_columns: room to leave at the end of the sequence axis, uninitialised.
+        Returns:
+            keys [B, G, S + extra, Dk] and values [B, G, S + extra, Dv] in the model's dtype, S = columns, padding
+            zero; new tensors that the caller owns.
+        """
+        keys, values = (
+            side.tail.new_empty(*side.tail.shape[:2], self._columns + extra_columns, side.tail.shape[-1])
+            for side in self._both()
+        )
+        key_side, value_side = self._both()
+        for b, row in enumerate(self._rows):
+            at = row.pad
+            keys[b, :, :at], values[b, :, :at] = 0, 0
+            for index, rotated_keys, rotated_values in self._pieces(b, row):
+                plain = key_side.rotation.invert(rotated_keys)
+                if self.key_bias is not None:
+                    plain = plain + self.key_bias.vectors(index)
+                keys[b, :, at : at + len(index)] = plain.to(keys.dtype)
+                values[b, :, at : at + len(index)] = value_side.rotation.invert(rotated_values).to(values.dtype)
+                at += len(index)
+        return keys, values
+
+    # ------------------------------------------------------------------ edit
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the newest tokens of every row; what stays is unchanged while the cut lies in the window.
+
+        A deeper crop cuts codes: the tokens left of a cut block go back to the window as their codes decode.
+
+        Args:
+            tokens_to_remove: 0 or more.
+        """
+        if tokens_to_remove < 0:
+            raise OptionError(f"tokens_to_remove must be 0 or more; got {tokens_to_remove}")
+        if tokens_to_remove >= self._columns:
+            self.reset()
+            return
+        self._columns -= tokens_to_remove
+        for b, row in enumerate(self._rows):
+            row.length = max(row.length - tokens_to_remove, 0)
+            row.pad = min(row.pad, self._columns)
+            after_sinks = max(row.length - self.options.sinks, 0)
+            blocks = after_sinks // BLOCK_TOKENS
+            if blocks < len(row.blocks):
+                self._back_to_ring(b, row.blocks[blocks], BLOCK_TOKENS * blocks, after_sinks)
+                self._give_back(row.blocks[blocks:])
+                del row.blocks[blocks:]
+
+    def _back_to_ring(self, b: int, block: int, start: int, stop: int) -> None:
+        """Decode the tokens [start, stop) of a block whose first token is `start` into row b's ring."""
+        keys, values = (side.read_blocks([block]) for side in self._both())
+        for at, count in self._ring_runs(start, stop):
+            slot = self.options.sinks + at % self._ring_tokens
+            self._write_tail(b, slot, (keys, values), at - start, count)
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Keep the given rows in the given order; a row may be named more than once (beam search, repeats).
+
+        Blocks are shared between copies of a row, not copied: codes never change once written.
+
+        Raises:
+            ShapeError: a row that does not exist.
+        """
+        if self._sides is None:
+            return
+        if any(not 0 <= i < len(self._rows) for i in rows):
+            raise ShapeError(f"rows 0 to {len(self._rows) - 1} exist; got {list(rows)}")
+        chosen = [self._rows[i] for i in rows]
+        for row in chosen:
+            for block in row.blocks:
+                self._uses[block] += 1
+        for row in self._rows:
+            self._give_back(row.blocks)
+        self._rows = [_Row(row.length, row.pad, list(row.blocks)) for row in chosen]
+        for side in self._sides:
+            side.tail = side.tail.index_select(0, torch.tensor(list(rows), device=side.tail.device))
+
+    def reset(self) -> None:
+        """Forget all tokens and give back all memory."""
+        self._rows, self._uses, self._free, self._columns, self._sides = [], [], [], 0, None
+
+
+def blocks_for(tokens: int, options: StoreOptions) -> int:
+    """Coded blocks of a row of `tokens` tokens: those that have left the window."""
+    return max(0, (tokens - options.sinks - options.window) // BLOCK_TOKENS)
+
+
+def store_bytes(
+    tokens: int, batch: int, num_kv_heads: int, key_dim: int, value_dim: int, options: StoreOptions, dtype_bytes: int
+) -> int:
+    """Bytes that a CompressedKV with room for `tokens` tokens a row holds (its nbytes), before it exists.
+
+    The key bias, where there is one, comes on top (KeyBias.nbytes).
+    """
+    slots = options.sinks + options.window + BLOCK_TOKENS
+    dense = batch * num_kv_heads * slots * (key_dim + value_dim) * dtype_bytes
+    block = 0
+    for bits, dim, has_means in (
+        (options.precision.key_bits, key_dim, options.block_means),
+        (options.precision.value_bits, value_dim, False),
+    ):
+        if bits == 16:
+            block += BLOCK_TOKENS * dim * dtype_bytes
+        else:
+            block += BLOCK_TOKENS * planes.vector_bytes(dim, bits) + (2 * dim if has_means else 0)
+    return dense + batch * blocks_for(tokens, options) * num_kv_heads * block
