@@ -5,10 +5,11 @@ scripts/bench_stream.py FOLDER --vram 8GiB --out rows.json                    al
 scripts/bench_stream.py FOLDER --runner streamed --vram 8GiB --bits 3         one of them
 
 Each runner is a process of its own under a hard cap of its memory (torch's allocator gets the budget less the CUDA
-context), and device memory is watched from outside by nvidia-smi. Prints a row per runner; --out keeps them as JSON.
+context), and device memory is watched through the driver's own counter. --out keeps the rows as JSON.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -24,14 +25,10 @@ RUNNERS = ("streamed", "cpu_offload", "auto", "resident")
 
 
 def used_bytes() -> int:
-    """Device memory in use, of all processes."""
-    out = subprocess.run(
-        ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0"],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    return int(out.stdout.split()[0]) << 20
+    """Device memory in use, of all processes, as the driver counts it."""
+    import torch
+
+    return torch.cuda.device_memory_used(0)
 
 
 class PeakWatcher:
@@ -79,21 +76,41 @@ def prompt_ids(length: int) -> Any:
     return torch.randint(0, 150000, (1, length), generator=torch.Generator().manual_seed(1))
 
 
-def timed_generate(model: Any, ids: Any, new_tokens: int) -> tuple[float, float]:
-    """Seconds to the first token, and decode tokens per second after it."""
+def timed_generate(model: Any, ids: Any, new_tokens: int) -> dict[str, float]:
+    """Seconds to the first token (median of three), and the times between later ones: median and percentiles."""
     import torch
+    from transformers.generation.streamers import BaseStreamer
 
-    def run(count: int) -> float:
+    class Clock(BaseStreamer):
+        def __init__(self) -> None:
+            self.times = list[float]()
+
+        def put(self, value: Any) -> None:
+            self.times.append(time.perf_counter())
+
+        def end(self) -> None:
+            """Nothing to end."""
+
+    def run(count: int) -> tuple[float, list[float]]:
+        clock = Clock()
         start = time.perf_counter()
-        model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
+        model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0, streamer=clock)
         torch.cuda.synchronize()
-        return time.perf_counter() - start
+        tokens = clock.times[1:]  # the first put is the prompt
+        return tokens[0] - start, [b - a for a, b in itertools.pairwise(tokens)]
 
     with torch.inference_mode():
-        run(1)
-        first = statistics.median(run(1) for _ in range(2))
-        whole = run(1 + new_tokens)
-    return first, new_tokens / (whole - first)
+        run(2)
+        first = statistics.median(run(1)[0] for _ in range(3))
+        _, steps = run(1 + new_tokens)
+    steps.sort()
+    return {
+        "first_token_s": first,
+        "tokens_per_s": 1 / statistics.median(steps),
+        "tokens_per_s_p20": 1 / steps[int(0.8 * len(steps))],
+        "tokens_per_s_p80": 1 / steps[int(0.2 * len(steps))],
+        "new_tokens": new_tokens,
+    }
 
 
 def logits_of(model: Any, ids: Any, new_ids: Any) -> Any:
@@ -121,7 +138,7 @@ def run_streamed(args: argparse.Namespace, watcher: PeakWatcher) -> dict[str, An
         bits=args.bits,
         vram=args.vram,
         resident=args.resident,
-        context=args.prompt + args.new,
+        context=args.prompt + args.new + 16,
         device="cuda",
     )
     model = engine.model
@@ -132,7 +149,7 @@ def run_streamed(args: argparse.Namespace, watcher: PeakWatcher) -> dict[str, An
     torch.cuda.synchronize()
     cold_s = time.perf_counter() - first_run
     setup_s = first_run - start
-    first, rate = timed_generate(model, ids, args.new)
+    times = timed_generate(model, ids, args.new)
     plan = engine.plan
     weights = engine._runtime.weights
     moved = weights.bytes_moved
@@ -142,8 +159,7 @@ def run_streamed(args: argparse.Namespace, watcher: PeakWatcher) -> dict[str, An
     row = {
         "setup_s": setup_s,
         "cold_first_token_s": cold_s,
-        "first_token_s": first,
-        "tokens_per_s": rate,
+        **times,
         "streamed_bytes": plan.streamed_bytes,
         "prompt_bytes": prompt_bytes,
         "layers_resident": plan.layers_resident,
@@ -154,7 +170,7 @@ def run_streamed(args: argparse.Namespace, watcher: PeakWatcher) -> dict[str, An
         "allocated_peak_bytes": torch.cuda.max_memory_allocated(),
         "context_bytes": measured_context_bytes(torch.device("cuda")),
     }
-    if args.logits:
+    if args.logits and Path(args.logits).is_file():
         saved = torch.load(args.logits)
         mine = logits_of(model, ids, saved["new_ids"].cuda())
         theirs = saved["logits"]
@@ -162,8 +178,11 @@ def run_streamed(args: argparse.Namespace, watcher: PeakWatcher) -> dict[str, An
         row["logits_relative_error"] = ((mine - theirs).norm() / theirs.norm()).item()
         row["logits_std"] = theirs.std().item()
         row["same_top1"] = (mine.argmax(-1) == theirs.argmax(-1)).float().mean().item()
-    row["link_bytes_per_s"] = link_bytes_per_s() if args.measure_link else None
+    row["process_peak_bytes"] = watcher.stop()
+    del model
     engine.close()
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    row["link_bytes_per_s"] = link_bytes_per_s() if args.measure_link else None
     return row
 
 
@@ -193,11 +212,10 @@ def run_transformers(args: argparse.Namespace, watcher: PeakWatcher) -> dict[str
     model.eval()
     setup_s = time.perf_counter() - start
     ids = prompt_ids(args.prompt).cuda()
-    first, rate = timed_generate(model, ids, args.new if args.runner == "resident" else min(args.new, 8))
+    times = timed_generate(model, ids, args.new if args.runner == "resident" else min(args.new, 8))
     row = {
         "setup_s": setup_s,
-        "first_token_s": first,
-        "tokens_per_s": rate,
+        **times,
         "allocator_peak_bytes": torch.cuda.max_memory_reserved(),
     }
     if args.runner == "resident" and args.logits:
@@ -206,11 +224,42 @@ def run_transformers(args: argparse.Namespace, watcher: PeakWatcher) -> dict[str
     return row
 
 
+def versions() -> dict[str, str]:
+    """What the figures were measured with."""
+    import accelerate
+    import torch
+    import transformers
+    import triton
+
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return {
+        "gpu": torch.cuda.get_device_name(0),
+        "driver": driver.stdout.split()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+        "triton": triton.__version__,
+    }
+
+
 def run_one(args: argparse.Namespace) -> None:
     """One runner, in this process; its row is the last line of stdout."""
     watcher = PeakWatcher()
     row = (run_streamed if args.runner == "streamed" else run_transformers)(args, watcher)
-    row |= {"runner": args.runner, "process_peak_bytes": watcher.stop(), "prompt": args.prompt, "bits": args.bits}
+    row.setdefault("process_peak_bytes", watcher.stop())
+    row |= {
+        "runner": args.runner,
+        "model": Path(args.folder).name,
+        "prompt": args.prompt,
+        "bits": args.bits,
+        "vram": args.vram,
+    }
+    row["versions"] = versions()
     print("ROW " + json.dumps(row))
 
 

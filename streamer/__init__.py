@@ -1,9 +1,9 @@
 """tq-stream: language models larger than the GPU, layer by layer, with a compressed KV cache.
 
-    from streamer import StreamingEngine
+from streamer import StreamingEngine
 
-    engine = StreamingEngine("Qwen/Qwen2.5-14B-Instruct", bits=3, vram="8GiB")
-    print(engine.generate("Explain the tides", max_new_tokens=200))
+engine = StreamingEngine("Qwen/Qwen2.5-14B-Instruct", bits=3, vram="8GiB")
+print(engine.generate("Explain the tides", max_new_tokens=200))
 """
 
 from typing import TYPE_CHECKING, Any

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -21,7 +21,15 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from streamer.checkpoint import Checkpoint
 from streamer.errors import MissingTensorError, TensorMismatchError, UnsupportedModelError
-from turboquant.hf import ATTENTION_NAME, attention_of, decoder_layers, register_attention
+from turboquant import KeyBias
+from turboquant.hf import (
+    ATTENTION_NAME,
+    attention_of,
+    decoder_layers,
+    key_bias_of,
+    register_attention,
+    rotary_of,
+)
 
 # Every parameter starts at a multiple of this on the device: cuBLAS takes its fast kernels, Triton its 16-byte loads.
 ALIGNMENT_BYTES = 256
@@ -170,10 +178,33 @@ class Architecture:
         """Whether the compressed cache is read in place (else each layer is unpacked for its call)."""
         return self.attention == ATTENTION_NAME
 
+    @property
+    def layer_modules(self) -> nn.ModuleList:
+        """The decoder's layers in the model."""
+        return cast(nn.ModuleList, self.model.get_submodule(self.layer_path))
+
+    def key_biases(self, checkpoint: Checkpoint | None) -> list[KeyBias | None]:
+        """The constant part of each layer's keys, from the biases alone, which are small: no layer is loaded for it.
+
+        Without a checkpoint, biases of ones stand in: the right sizes, and no tensor is read.
+        """
+        rotary = rotary_of(self.model)
+        found: list[KeyBias | None] = []
+        for i, layer in enumerate(self.layer_modules):
+            attention, bias = attention_of(layer), None
+            wanted = self.key_bias_parameters(i) if attention is not None else {}
+            if attention is not None and wanted:
+                values = {
+                    name: torch.ones(p.shape) if checkpoint is None else read_parameter(p, checkpoint, self.model)
+                    for name, p in wanted.items()
+                }
+                bias = key_bias_of(attention, rotary, self.decoder_config, i, values)
+            found.append(bias)
+        return found
+
     def key_bias_parameters(self, layer: int) -> dict[str, Parameter]:
         """Parameters of layer's attention whose name ends with "bias", by their name in the attention module."""
-        modules = self.model.get_submodule(self.layer_path)
-        attention = attention_of(modules[layer])  # type: ignore[index]  # a ModuleList
+        attention = attention_of(self.layer_modules[layer])
         if attention is None:
             return {}
         prefix = next(name for name, module in self.model.named_modules() if module is attention) + "."
@@ -230,7 +261,7 @@ def read_architecture(folder: Path, checkpoint: Checkpoint, *, dtype: str = "aut
 
 def _read_config(folder: Path) -> PreTrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModelError(f"{folder / 'config.json'} cannot be used: {reason}") from error
@@ -279,7 +310,7 @@ def _build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, notes: list[str
         raise UnsupportedModelError(
             f"model type {config.model_type!r} has no decoder class in this transformers; a text decoder is needed"
         )
-    original = mapping[type(config)]
+    original = cast(type[PreTrainedModel], mapping[type(config)])
     streamed = _streamed_class(original)
     register_attention()
     attention = ATTENTION_NAME
@@ -447,3 +478,8 @@ def read_parameter(parameter: Parameter, checkpoint: Checkpoint, model: PreTrain
     if parameter.conversion is None:
         return tensors[-1].to(parameter.dtype)
     return parameter.conversion.run(tensors, model)[parameter.name].to(parameter.dtype)
+
+
+def bytes_of(key_biases: Sequence[KeyBias | None]) -> int:
+    """Bytes of the key biases that a cache will hold."""
+    return sum(bias.nbytes for bias in key_biases if bias is not None)

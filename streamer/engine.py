@@ -4,36 +4,25 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
-from transformers import (
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
-from transformers.generation.streamers import BaseStreamer
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
-from streamer.architecture import Architecture, read_architecture, read_parameter
+from streamer.architecture import Architecture, bytes_of, read_architecture
 from streamer.checkpoint import Checkpoint
 from streamer.errors import ContextLengthError, OptionError, UnsupportedModelError
-from streamer.model import CacheMaker, Gate, RunSettings, assemble
+from streamer.generation import StopWhen, TokenSink, generation_config, seeded
 from streamer.options import parse_dtype, parse_size
 from streamer.plan import CONTEXT_BYTES, CacheSettings, Plan, Request, make_plan
 from streamer.report import MemoryReport, build_report
 from streamer.resolve import resolve_model
+from streamer.runtime import Runtime, build_runtime, measured_context_bytes
 from streamer.stats import RunStats
 from streamer.text import TextPieces
-from streamer.weights import DeviceWeights, MappedWeights, PinnedSource, StagedSource, UnitReader
-from turboquant import KeyBias
-from turboquant.hf import TurboQuantCache, attention_of, key_bias_of, rotary_of
+from turboquant.hf import TurboQuantCache
 
 logger = logging.getLogger("streamer")
 
@@ -45,29 +34,6 @@ _SPARE_VRAM_BYTES = 512 << 20
 
 # Share of the free host memory that page-locked weights may take when no budget is given.
 _RAM_SHARE = 0.9
-
-
-@dataclass
-class _Runtime:
-    """A model assembled for one plan."""
-
-    plan: Plan
-    architecture: Architecture
-    model: PreTrainedModel
-    weights: DeviceWeights | MappedWeights
-    settings: RunSettings
-    key_biases: list[KeyBias | None]
-
-    def abort(self) -> None:
-        """After an error in mid-pass: every unit is where a new pass expects it."""
-        self.weights.abort()
-        for layer in self.model.get_submodule(self.architecture.layer_path):  # type: ignore[union-attr]
-            for gate in layer._gates:
-                _close_gate(gate)
-
-
-def _close_gate(gate: Gate) -> None:
-    gate.is_open, gate.is_last_use = False, True
 
 
 class StreamingEngine:
@@ -111,11 +77,7 @@ class StreamingEngine:
     ):
         self.stats = RunStats(on_note=on_note or logger.warning)
         self._device = _device(device)
-        for name, value in (("context", context), ("prefill_chunk", prefill_chunk)):
-            if value is not None and value < 1:
-                raise OptionError(f"{name} must be at least 1 token; got {value}")
-        if resident is not None and resident < 0:
-            raise OptionError(f"resident must be 0 or more layers; got {resident}")
+        _check_layout(context, prefill_chunk, resident)
         if self._device.type == "cpu" and (vram is not None or resident is not None):
             raise OptionError("vram and resident are for a GPU; this run is on the CPU (use ram to limit host memory)")
         self._vram = parse_size(vram) if vram is not None else None
@@ -129,10 +91,12 @@ class StreamingEngine:
         self._architecture: Architecture | None = self._read_architecture()
         self._config = self._architecture.decoder_config
         self.stats.num_layers = self._architecture.num_layers
-        self._runtime: _Runtime | None = None
+        self._runtime: Runtime | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._last_cache: TurboQuantCache | None = None
         self._capacity: int | None = None
+        if context is not None and context > self.max_context:
+            raise ContextLengthError(f"context {context} was asked for and the model was made for {self.max_context}")
         make_plan(self._architecture, self._request(1, 1, 1))  # options that can never fit are refused here
 
     # ------------------------------------------------------------- properties
@@ -210,7 +174,7 @@ class StreamingEngine:
         """Token ids of a prompt, in the model's chat template when it has one and it is wanted."""
         if chat_template and self.tokenizer.chat_template:
             return self.encode_messages([{"role": "user", "content": prompt}])
-        return list(self.tokenizer(prompt)["input_ids"])
+        return list(cast(Any, self.tokenizer(prompt))["input_ids"])
 
     def encode_messages(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation, ready for the model's answer."""
@@ -219,7 +183,7 @@ class StreamingEngine:
         encoded = self.tokenizer.apply_chat_template(
             [dict(message) for message in messages], add_generation_prompt=True, return_dict=True
         )
-        return list(encoded["input_ids"])
+        return list(cast(Any, encoded)["input_ids"])
 
     def generate_ids(
         self,
@@ -235,18 +199,25 @@ class StreamingEngine:
     ) -> str:
         """The answer to token ids; on_text gets its pieces as they come, and stop() ends it early."""
         new_tokens = self._checked_lengths(len(ids), max_new_tokens)
-        generation = self._generation_config(new_tokens, temperature, top_p, top_k)
+        generation = generation_config(
+            self._own_generation_config(),
+            self.tokenizer,
+            new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+        )
         runtime = self._ensure(len(ids) + new_tokens, 1, len(ids))
         pieces = TextPieces(self.tokenizer)
-        sink = _Sink(self.stats, pieces, on_text)
+        sink = TokenSink(self.stats, pieces, on_text)
         tokens = torch.tensor([list(ids)])
-        criteria = StoppingCriteriaList([_Stop(stop)]) if stop is not None else None
+        criteria = StoppingCriteriaList([StopWhen(stop)]) if stop is not None else None
         self._capacity = len(ids) + new_tokens
         moved = runtime.weights.bytes_moved
         self.stats.start(len(ids))
         try:
-            with _seeded(seed, self._device):
-                runtime.model.generate(
+            with seeded(seed, self._device):
+                cast(Any, runtime.model).generate(
                     tokens.to(self._device),
                     attention_mask=torch.ones_like(tokens).to(self._device),
                     generation_config=generation,
@@ -281,36 +252,7 @@ class StreamingEngine:
             return limit - prompt
         return new
 
-    def _generation_config(
-        self, new_tokens: int, temperature: float | None, top_p: float | None, top_k: int | None
-    ) -> GenerationConfig:
-        base = self._architecture_generation_config()
-        config = GenerationConfig(**base.to_diff_dict())
-        config.max_new_tokens, config.max_length = new_tokens, None
-        if temperature is not None and temperature < 0:
-            raise OptionError(f"temperature must be 0 (greedy) or more; got {temperature}")
-        if temperature == 0:
-            if top_p is not None or top_k is not None:
-                raise OptionError("top_p and top_k have no effect at temperature 0; leave them off, or raise it")
-            config.do_sample, config.temperature, config.top_p, config.top_k = False, None, None, None
-        else:
-            if temperature is not None or top_p is not None or top_k is not None:
-                config.do_sample = True
-            for name, value in (("temperature", temperature), ("top_p", top_p), ("top_k", top_k)):
-                if value is not None:
-                    setattr(config, name, value)
-        if not config.do_sample:
-            config.temperature = config.top_p = config.top_k = None
-        ends = config.eos_token_id
-        known = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        own_end = self.tokenizer.eos_token_id
-        config.eos_token_id = sorted({*known, *([own_end] if own_end is not None else [])}) or None
-        if config.pad_token_id is None:
-            pad = self.tokenizer.pad_token_id
-            config.pad_token_id = pad if pad is not None else (config.eos_token_id or [0])[0]
-        return config
-
-    def _architecture_generation_config(self) -> GenerationConfig:
+    def _own_generation_config(self) -> GenerationConfig:
         model = self._runtime.model if self._runtime is not None else self._read_model()
         config = model.generation_config
         if config is None:
@@ -333,7 +275,10 @@ class StreamingEngine:
         vram = None
         if self._device.type == "cuda":
             vram = self._vram if self._vram is not None else self._free_vram()
-        ram = self._ram if self._ram is not None else int(_RAM_SHARE * psutil.virtual_memory().available)
+        ram = self._ram
+        if ram is None:
+            # on the CPU without a budget, what is converted may use swap: the system decides, not a guess of ours
+            ram = 1 << 62 if self._device.type == "cpu" else int(_RAM_SHARE * psutil.virtual_memory().available)
         return Request(
             context=self._context or context,
             batch=batch,
@@ -349,54 +294,27 @@ class StreamingEngine:
         free, _ = torch.cuda.mem_get_info(self._device)
         return int(free) + torch.cuda.memory_reserved(self._device) + CONTEXT_BYTES - _SPARE_VRAM_BYTES
 
-    def _ensure(self, context: int, batch: int, prompt: int | None) -> _Runtime:
+    def _ensure(self, context: int, batch: int, prompt: int | None) -> Runtime:
         """A runtime with room for the request; the present one where it has."""
         if self._runtime is not None:
             planned = self._runtime.plan.request
-            if (
-                self._device.type == "cpu"
-                or (context <= planned.context and batch <= planned.batch and (prompt or context) <= planned.longest_prompt)
+            if self._device.type == "cpu" or (
+                context <= planned.context and batch <= planned.batch and (prompt or context) <= planned.longest_prompt
             ):
                 return self._runtime
             self.stats.note("a longer context than planned: the model is laid out anew")
             self._close_runtime()
         architecture = self._architecture or self._read_architecture()
-        biases = _key_biases(architecture, self._checkpoint)
-        request = self._request(context, batch, prompt)
-        if self._device.type == "cpu" and self._ram is None:
-            # without a budget, what is converted may use swap: the system decides, not a guess of ours
-            request = replace(request, ram_bytes=1 << 62)
-        bias_bytes = sum(bias.nbytes for bias in biases if bias is not None)
-        plan = make_plan(architecture, request, key_bias_bytes=bias_bytes)
+        biases = architecture.key_biases(self._checkpoint)
+        plan = make_plan(architecture, self._request(context, batch, prompt), key_bias_bytes=bytes_of(biases))
         for line in plan.notes:
             self.stats.note(line)
         self._architecture = None  # its model is about to be changed in place
-        self._runtime = self._assemble(architecture, plan, biases)
+        has_cap = self._vram is not None
+        self._runtime = build_runtime(
+            architecture, plan, biases, self._checkpoint, self._device, self.stats, self._make_cache, has_cap=has_cap
+        )
         return self._runtime
-
-    def _assemble(self, architecture: Architecture, plan: Plan, biases: list[KeyBias | None]) -> _Runtime:
-        checkpoint, device = self._checkpoint, self._device
-        if device.type == "cuda" and self._vram is not None:
-            total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(max(0.0, min(1.0, (self._vram - CONTEXT_BYTES) / total)), device)
-        table = read_parameter(architecture.embedding, checkpoint, architecture.model)
-        weights: DeviceWeights | MappedWeights
-        if device.type == "cpu":
-            known = {architecture.head.name: table} if architecture.is_tied else {}
-            weights = MappedWeights(checkpoint, architecture.model, plan.units, known)
-        else:
-            reader = UnitReader(checkpoint, architecture.model, plan.units)
-            staged = StagedSource(reader)
-            streamed = [i for i in range(len(plan.units)) if i not in plan.resident]
-            source = PinnedSource(reader, streamed) if plan.host == "pinned" and streamed else staged
-            weights = DeviceWeights(plan.units, plan.resident, plan.ring_bytes, source, staged, device)
-        resident = {
-            p.name: read_parameter(p, checkpoint, architecture.model).to(device) for p in architecture.resident
-        }
-        settings = RunSettings(plan.prefill_chunk, architecture.uses_own_attention)
-        model = assemble(architecture, plan.units, weights, resident, table, device, settings, self.stats)
-        model._prepare_cache_for_generation = CacheMaker(model, self._make_cache)  # type: ignore[assignment]
-        return _Runtime(plan, architecture, model, weights, settings, biases)
 
     def _make_cache(self) -> TurboQuantCache:
         assert self._runtime is not None  # noqa: S101  called from the runtime's model
@@ -420,7 +338,8 @@ class StreamingEngine:
         if self._runtime is None:
             architecture = self._architecture or self._read_architecture()
             context = self._context or min(self.max_context, DEFAULT_CONTEXT)
-            plan = make_plan(architecture, self._request(context, 1, None))
+            biases = architecture.key_biases(None)
+            plan = make_plan(architecture, self._request(context, 1, None), key_bias_bytes=bytes_of(biases))
             return build_report(architecture, plan, None, None)
         peak = None
         if self._device.type == "cuda":
@@ -434,8 +353,8 @@ class StreamingEngine:
     def _close_runtime(self) -> None:
         if self._runtime is None:
             return
-        weights, self._runtime, self._last_cache = self._runtime.weights, None, None
-        weights.close()
+        self._runtime.close()
+        self._runtime = self._last_cache = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -446,16 +365,66 @@ class StreamingEngine:
         self.close()
 
 
-def measured_context_bytes(device: torch.device) -> int:
-    """Device memory of this process beside torch's allocator (context, kernels), if it is alone on the device."""
-    free, total = torch.cuda.mem_get_info(device)
-    beside = total - free - torch.cuda.memory_reserved(device)
-    return int(beside) if beside < 2 << 30 else CONTEXT_BYTES
+def plan_report(
+    model: str | Path,
+    *,
+    vram: str | int,
+    bits: int = 4,
+    key_bits: int | None = None,
+    value_bits: int | None = None,
+    protected_layers: Sequence[int] = (),
+    ram: str | int | None = None,
+    dtype: str = "auto",
+    context: int | None = None,
+    prefill_chunk: int | None = None,
+    resident: int | None = None,
+    offline: bool = False,
+    on_note: Callable[[str], None] = logger.warning,
+) -> MemoryReport:
+    """What a run on a GPU would take, from the checkpoint's headers; this machine needs no GPU, and none is used.
+
+    Args:
+        model, bits and so on: as in StreamingEngine. vram: memory of that GPU that the process may take.
+    Returns:
+        a report without measurements.
+    Raises:
+        as StreamingEngine does, and DoesNotFitError when the plan needs more than `vram`.
+    Source: own.
+    """
+    vram_bytes, run_dtype = parse_size(vram), parse_dtype(dtype)
+    ram_bytes = parse_size(ram) if ram is not None else int(_RAM_SHARE * psutil.virtual_memory().available)
+    _check_layout(context, prefill_chunk, resident)
+    folder = resolve_model(str(model), offline=offline, on_line=on_note).folder
+    with Checkpoint.open(folder) as checkpoint:
+        architecture = read_architecture(folder, checkpoint, dtype=run_dtype)
+    limit = getattr(architecture.decoder_config, "max_position_embeddings", None) or 1 << 30
+    request = Request(
+        context=context or min(limit, DEFAULT_CONTEXT),
+        vram_bytes=vram_bytes,
+        ram_bytes=ram_bytes,
+        resident_layers=resident,
+        prefill_chunk=prefill_chunk,
+        cache=CacheSettings(bits, key_bits, value_bits, tuple(protected_layers)),
+    )
+    if request.context > limit:
+        raise ContextLengthError(f"context {request.context} was asked for and the model was made for {limit}")
+    plan = make_plan(architecture, request, key_bias_bytes=bytes_of(architecture.key_biases(None)))
+    for line in (*architecture.notes, *plan.notes):
+        on_note(line)
+    return build_report(architecture, plan, None, None)
+
+
+def _check_layout(context: int | None, prefill_chunk: int | None, resident: int | None) -> None:
+    for name, value in (("context", context), ("prefill_chunk", prefill_chunk)):
+        if value is not None and value < 1:
+            raise OptionError(f"{name} must be at least 1 token; got {value}")
+    if resident is not None and resident < 0:
+        raise OptionError(f"resident must be 0 or more layers; got {resident}")
 
 
 def _device(name: str | None) -> torch.device:
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -466,63 +435,5 @@ def _device(name: str | None) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise OptionError(f"device {name!r} was asked for and {count} CUDA devices were found: write --device cpu")
+        return torch.device("cuda", device.index or 0)
     return device
-
-
-def _key_biases(architecture: Architecture, checkpoint: Checkpoint) -> list[KeyBias | None]:
-    """The constant part of each layer's keys, from the biases alone, which are small: no layer is loaded for it."""
-    rotary = rotary_of(architecture.model)
-    layers = architecture.model.get_submodule(architecture.layer_path)
-    found: list[KeyBias | None] = []
-    for i, layer in enumerate(layers):  # type: ignore[arg-type]  # a ModuleList
-        attention = attention_of(layer)
-        wanted = architecture.key_bias_parameters(i) if attention is not None else {}
-        values = {name: read_parameter(p, checkpoint, architecture.model) for name, p in wanted.items()}
-        bias = None
-        if attention is not None and values:
-            bias = key_bias_of(attention, rotary, architecture.decoder_config, i, values)
-        found.append(bias)
-    return found
-
-
-@contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Within this, random numbers follow the seed; the caller's own generators are left as they were."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
-class _Sink(BaseStreamer):  # type: ignore[misc]  # untyped base
-    """Receives token ids from transformers' generate: the prompt first, then one per step."""
-
-    def __init__(self, stats: RunStats, pieces: TextPieces, on_text: Callable[[str], None] | None):
-        self._stats, self._pieces, self._on_text = stats, pieces, on_text
-        self._has_prompt = False
-
-    def put(self, value: torch.Tensor) -> None:
-        if not self._has_prompt:
-            self._has_prompt = True
-            return
-        self._stats.on_token()
-        text = self._pieces.add(int(value.flatten()[0]))
-        if text and self._on_text is not None:
-            self._on_text(text)
-
-    def end(self) -> None:
-        """The answer is complete; what is left of it is fetched with finish."""
-
-
-class _Stop(StoppingCriteria):  # type: ignore[misc]  # untyped base
-    """Ends a generation when a function says so."""
-
-    def __init__(self, is_stopped: Callable[[], bool]):
-        self._is_stopped = is_stopped
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), self._is_stopped(), device=input_ids.device, dtype=torch.bool)
-
-

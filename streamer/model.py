@@ -42,8 +42,7 @@ class Gate(nn.Module):
         # a tuple, so that the child's parameters are not this model's: they are views that come and go
         self._owned = (child,)
         self._weights, self._unit = weights, unit
-        self.is_open = False
-        self.is_last_use = True
+        self.use = _Use()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -53,14 +52,24 @@ class Gate(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Wait, run the child, release."""
-        if not self.is_open:
+        use = self.use
+        if not use.is_open:
             self._weights.wait(self._unit)
-            self.is_open = True
+            use.is_open = True
         out = self._owned[0](*args, **kwargs)
-        if self.is_last_use:
+        if use.is_last:
             self._weights.release(self._unit)
-            self.is_open = False
+            use.is_open = False
         return out
+
+
+class _Use:
+    """Where a gate is in a pass; an object of its own because setting a module's attribute costs microseconds."""
+
+    __slots__ = ("is_last", "is_open")
+
+    def __init__(self) -> None:
+        self.is_open, self.is_last = False, True
 
 
 class StreamedLayer(nn.Module):
@@ -88,7 +97,7 @@ class StreamedLayer(nn.Module):
             self._finish(1)
             return out
         for gate in self._gates:
-            gate.is_last_use = False
+            gate.use.is_last = False
         cache = call.get("past_key_values", call.get("layer_past"))
         # in place: rows of a chunk that has been read are not needed again; but the model may keep the embedding
         out = torch.empty_like(hidden) if self._index == 0 else hidden
@@ -98,17 +107,25 @@ class StreamedLayer(nn.Module):
                 for number, (start, stop) in enumerate(chunks):
                     if stop == hidden.shape[1]:
                         for gate in self._gates:
-                            gate.is_last_use = True
+                            gate.use.is_last = True
                     part = self._owned[0](**_slice(call, start, stop, hidden.shape[1], past))
                     out[:, start:stop] = part[0] if isinstance(part, tuple) else part
                     self._stats.on_chunk(self._index, number + 1, len(chunks))
         finally:
             for gate in self._gates:
-                gate.is_last_use = True
+                gate.use.is_last = True
         self._finish(len(chunks))
         return (out,) if isinstance(part, tuple) else out
 
+    def reset(self) -> None:
+        """After an error in mid-pass: no part is open."""
+        for gate in self._gates:
+            gate.use.is_open, gate.use.is_last = False, True
+
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        if len(args) == 1:  # as nearly all models call their layers
+            kwargs["hidden_states"] = args[0]
+            return kwargs
         bound = self._signature.bind(*args, **kwargs)
         named: dict[str, Any] = {}
         for name, value in bound.arguments.items():
@@ -132,7 +149,7 @@ class StreamedLayer(nn.Module):
 
     def _finish(self, uses: int) -> None:
         for gate in self._gates:
-            if gate.is_open:
+            if gate.use.is_open:
                 raise UnsupportedModelError(
                     f"layer {self._index} did not call its part {type(gate._owned[0]).__name__} in {uses} chunks"
                 )
@@ -288,9 +305,9 @@ def assemble(
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
     index_of = {(unit.name, unit.rows): i for i, unit in enumerate(units)}
-    layers = model.get_submodule(architecture.layer_path)
+    layers = architecture.layer_modules
     for number, layer_units in enumerate(architecture.layers):
-        layer = layers[number]  # type: ignore[index]  # a ModuleList
+        layer = layers[number]
         gates = []
         for unit in layer_units:
             position = index_of[unit.name, unit.rows]
@@ -300,7 +317,7 @@ def assemble(
             gate = Gate(getattr(layer, child_name), weights, position)
             gates.append(gate)
             layer._modules[child_name] = gate
-        layers[number] = StreamedLayer(layer, number, gates, settings, stats)  # type: ignore[operator,index]
+        layers[number] = StreamedLayer(layer, number, gates, settings, stats)
     head_units = [(i, unit) for i, unit in enumerate(units) if unit.rows is not None]
     embedding_name = architecture.embedding.name.rpartition(".")[0]
     head_name = architecture.head.name.rpartition(".")[0]
@@ -333,7 +350,7 @@ class CacheMaker:
 
     def __init__(self, model: PreTrainedModel, make: Callable[[], Cache]):
         self._model, self._make = model, make
-        self._plain = type(model)._prepare_cache_for_generation
+        self._plain: Any = type(model)._prepare_cache_for_generation  # type: ignore[attr-defined]  # untyped mix-in
 
     def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         prepare_cache(generation_config, model_kwargs, self._make)

@@ -85,8 +85,9 @@ class MemoryReport:
         if self.device_peak is not None:
             lines.append(
                 f"{self.layers_resident} of {self.num_layers} layers stay on the GPU; "
-                f"{format_size(self.streamed_bytes)} cross the link per pass; prompts in chunks of {self.prefill_chunk}"
+                f"{format_size(self.streamed_bytes)} cross the link per pass"
             )
+            lines.append(f"prompts go through a layer in chunks of {self.prefill_chunk} tokens")
         return "\n".join(lines)
 
 

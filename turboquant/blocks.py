@@ -1,6 +1,7 @@
 """Side: the keys, or the values, of one layer: a dense tail per row, and coded blocks of 64 tokens from pools."""
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 
 import torch
 
@@ -8,7 +9,7 @@ from turboquant import planes
 from turboquant.errors import ShapeError
 from turboquant.ops.encode import encode
 from turboquant.ops.unpack import unpack
-from turboquant.rotation import Rotation
+from turboquant.rotation import Rotation, make_rotation
 
 BLOCK_TOKENS = 64
 
@@ -91,7 +92,7 @@ class Side:
     @property
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor held."""
-        return [self.tail, *(slab for pool in self.pools for slab in pool.slabs)]
+        return [self.tail, *(slab for pool in self.pools for slab in pool.slabs), *rotation_tensors(self.rotation)]
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., D], float32 or the model's dtype, rotated and rounded to the model's dtype: done once per token."""
@@ -123,6 +124,21 @@ class Side:
             if self.means is not None:
                 x = x + self.means.read(ids)[..., None, :].float()
         return x.transpose(0, 1).flatten(1, 2)
+
+
+def rotation_tensors(rotation: Rotation) -> list[torch.Tensor]:
+    """The tensors that a rotation has drawn so far and keeps: signs and a small factor, or a dense matrix."""
+    kept = [value for held in vars(rotation).values() if isinstance(held, dict) for value in held.values()]
+    groups = [value if isinstance(value, tuple) else (value,) for value in kept]
+    return [tensor for group in groups for tensor in group if isinstance(tensor, torch.Tensor)]
+
+
+@cache
+def rotation_bytes(kind: str, dim: int) -> int:
+    """Bytes that a rotation in use keeps."""
+    rotation = make_rotation(kind, dim, 0)
+    rotation.apply(torch.zeros(1, dim))
+    return sum(tensor.nbytes for tensor in rotation_tensors(rotation))
 
 
 def _block_mean(x: torch.Tensor) -> torch.Tensor:

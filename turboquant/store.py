@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from turboquant import planes
-from turboquant.blocks import BLOCK_TOKENS, Side
+from turboquant.blocks import BLOCK_TOKENS, Side, rotation_bytes, rotation_tensors
 from turboquant.errors import OptionError, ShapeError, StateError
 from turboquant.key_bias import KeyBias
 from turboquant.ops.attend import Segment, attend
@@ -120,17 +120,18 @@ class CompressedKV:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors held: dense tails, every slab (blocks in use and free), key bias."""
+        """Bytes of all tensors held: dense tails, every slab (blocks in use and free), rotations, key bias."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def bytes_by_part(self) -> dict[str, int]:
-        """nbytes split into "codes" (planes), "scales", "means", "dense" (sinks and window) and "bias"."""
+        """nbytes split into "codes" (planes), "scales", "means", "dense" (sinks and window), "rotation" and "bias"."""
         sides = self._sides or ()
         return {
             "codes": sum(pool.nbytes for side in sides for pool in side.planes),
             "scales": sum(side.scales.nbytes for side in sides if side.scales is not None),
             "means": sum(side.means.nbytes for side in sides if side.means is not None),
             "dense": sum(side.tail.nbytes for side in sides),
+            "rotation": sum(tensor.nbytes for side in sides for tensor in rotation_tensors(side.rotation)),
             "bias": self.key_bias.nbytes if self.key_bias is not None else 0,
         }
 
@@ -156,6 +157,12 @@ class CompressedKV:
                 f"padding of {list(pads or ())} columns was asked for rows whose padding is "
                 f"{[row.pad for row in self._rows]} and fixed since they hold tokens; reset the store first"
             )
+        if keys.shape[:3] != values.shape[:3]:
+            raise ShapeError(
+                f"keys {tuple(keys.shape)} and values {tuple(values.shape)} differ in batch, heads or tokens"
+            )
+        if pads is not None and len(pads) != keys.shape[0]:
+            raise ShapeError(f"padding of {len(pads)} rows was given for a batch of {keys.shape[0]}")
         if self._sides is None:
             self._start(keys, values)
         for name, new, side in zip(("keys", "values"), (keys, values), self._both(), strict=True):
@@ -164,13 +171,8 @@ class CompressedKV:
                 raise ShapeError(
                     f"the store holds {batch} rows of {heads} heads of {width}; got {name} {tuple(new.shape)}"
                 )
-        if keys.shape[2] != values.shape[2]:
-            raise ShapeError(f"keys have {keys.shape[2]} tokens and values {values.shape[2]}; one of each is needed")
-        if pads is not None:
-            if len(pads) != len(self._rows):
-                raise ShapeError(f"the store holds {len(self._rows)} rows; got padding of {len(pads)}")
-            for row, pad in zip(self._rows, pads, strict=True):
-                row.pad = pad
+        for row, pad in zip(self._rows, pads or [row.pad for row in self._rows], strict=True):
+            row.pad = pad
         if self._records_past:
             self.commit()
         piece = BLOCK_TOKENS * _BLOCKS_PER_PIECE
@@ -242,9 +244,7 @@ class CompressedKV:
             self._write_tail(b, sinks + at % self._ring_tokens, new, to_sinks + at - start, count)
         row.length = sinks + end
 
-    def _code(
-        self, b: int, row: _Row, blocks: int, start: int, new: tuple[torch.Tensor, torch.Tensor] | None
-    ) -> None:
+    def _code(self, b: int, row: _Row, blocks: int, start: int, new: tuple[torch.Tensor, torch.Tensor] | None) -> None:
         """Code row b up to `blocks` blocks; tokens before `start` lie in its ring, later ones in new [G, t, D]."""
         first, last = BLOCK_TOKENS * len(row.blocks), BLOCK_TOKENS * blocks
         for piece in range(first, last, BLOCK_TOKENS * _BLOCKS_PER_PIECE):
@@ -267,9 +267,7 @@ class CompressedKV:
             yield start, count
             start += count
 
-    def _write_tail(
-        self, b: int, slot: int, new: tuple[torch.Tensor, torch.Tensor], source: int, count: int
-    ) -> None:
+    def _write_tail(self, b: int, slot: int, new: tuple[torch.Tensor, torch.Tensor], source: int, count: int) -> None:
         for side, tokens in zip(self._both(), new, strict=True):
             side.tail[b, :, slot : slot + count] = tokens[:, source : source + count]
 
@@ -510,4 +508,5 @@ def store_bytes(
             block += BLOCK_TOKENS * dim * dtype_bytes
         else:
             block += BLOCK_TOKENS * planes.vector_bytes(dim, bits) + (2 * dim if has_means else 0)
-    return dense + batch * blocks_for(tokens, options) * num_kv_heads * block
+    rotations = rotation_bytes(options.rotation, key_dim) + rotation_bytes(options.rotation, value_dim)
+    return dense + batch * blocks_for(tokens, options) * num_kv_heads * block + rotations

@@ -35,6 +35,12 @@ class Terminated(KeyboardInterrupt):
     """The process was asked to end by SIGTERM; unwinds as Ctrl-C does, so that a terminal is left in order."""
 
 
+class _OptionFault(click.ClickException):
+    """An option that the parser let through and the engine cannot honour."""
+
+    exit_code = 2
+
+
 class CommandGroup(click.Group):
     """The group of all commands.
 
@@ -80,9 +86,7 @@ def as_click_error(error: Exception) -> click.ClickException | None:
     usage_errors: tuple[type[Exception], ...] = (OptionError, *([quantizer.OptionError] if quantizer else []))
     own_errors: tuple[type[Exception], ...] = (StreamerError, *([quantizer.TurboQuantError] if quantizer else []))
     if isinstance(error, own_errors):
-        known = click.ClickException(str(error))
-        known.exit_code = 2 if isinstance(error, usage_errors) else 1
-        return known
+        return (_OptionFault if isinstance(error, usage_errors) else click.ClickException)(str(error))
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         reason = str(error).strip().splitlines()[0]
         return click.ClickException(

@@ -14,7 +14,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 _BITS = ("2", "3", "4", "16")
 
 
-class Parsed(click.ParamType):
+class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic in the latest click only, and not when it runs
     """An option whose text a function of ours reads; what it refuses is a usage error while parsing.
 
     Args:
@@ -78,7 +78,11 @@ _ENGINE_OPTIONS = (
     ),
     click.option("--vram", type=SIZE, help="GPU memory of the whole process, e.g. 8GiB.  [default: what is free]"),
     click.option("--ram", type=SIZE, help="Host memory for weights, e.g. 32GiB.  [default: 90 % of what is free]"),
-    click.option("--context", type=TOKENS, help="Tokens of prompt and answer to make room for."),
+    click.option(
+        "--context",
+        type=TOKENS,
+        help="Tokens of prompt and answer to make room for.  [default: what the prompt needs; a report: 4096]",
+    ),
     click.option("--device", help="cuda, cuda:1 or cpu.  [default: cuda if there is one]"),
     click.option("--dtype", type=DTYPE, default="auto", help="auto (as stored), bfloat16, float16 or float32."),
     click.option("--prefill-chunk", type=TOKENS, help="Tokens of a prompt that pass through a layer at a time."),
@@ -105,7 +109,10 @@ def quiet_libraries(*, hide_progress: bool) -> Iterator[None]:
     Args:
         hide_progress: hide the hub's progress bars of downloads as well.
     """
-    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but not marked as exported
+        disable_progress_bars,
+        enable_progress_bars,
+    )
     from transformers.utils import logging
 
     before = logging.get_verbosity()

@@ -31,9 +31,7 @@ if TYPE_CHECKING:
     type=click.FloatRange(min=0, max=1, min_open=True),
     help="Draw from the likeliest tokens with this total probability.  [default: the model's own]",
 )
-@click.option(
-    "--top-k", type=click.IntRange(min=1), help="Draw from this many tokens.  [default: the model's own]"
-)
+@click.option("--top-k", type=click.IntRange(min=1), help="Draw from this many tokens.  [default: the model's own]")
 @click.option("--seed", type=click.IntRange(min=0), help="Makes a drawn answer repeatable.")
 @engine_options
 @click.option("--no-chat-template", is_flag=True, help="Give the model the bare prompt.")
@@ -71,12 +69,15 @@ def run(
     text = _read_prompt(prompt, prompt_file)
     from streamer.engine import StreamingEngine
 
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    with Screen(shows_progress=not quiet) as screen, quiet_libraries(hide_progress=quiet):
-        with StreamingEngine(model, on_note=screen.line, **engine_arguments) as engine:
-            engine.stats.on_progress = screen.prefill
-            ids = engine.encode(text, chat_template=not no_chat_template)
-            _answer(engine, ids, screen, as_json=as_json, max_new_tokens=max_new_tokens, **sampling)
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    with (
+        Screen(shows_progress=not quiet) as screen,
+        quiet_libraries(hide_progress=quiet),
+        StreamingEngine(model, on_note=screen.line, **engine_arguments) as engine,
+    ):
+        engine.stats.on_progress = screen.prefill
+        ids = engine.encode(text, chat_template=not no_chat_template)
+        _answer(engine, ids, screen, as_json=as_json, max_new_tokens=max_new_tokens, **sampling)
 
 
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
@@ -87,7 +88,7 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     elif prompt_file is not None:
         text, source = _decoded(prompt_file.read_bytes(), str(prompt_file)), str(prompt_file)
     elif not sys.stdin.isatty():
-        text, source = _decoded(click.get_binary_stream("stdin").read(), "standard input"), "standard input"
+        text, source = _decoded(sys.stdin.buffer.read(), "standard input"), "standard input"
     else:
         raise click.UsageError("no prompt: give PROMPT, --prompt-file FILE, or text on standard input")
     if not text.strip():
@@ -103,9 +104,7 @@ def _decoded(content: bytes, source: str) -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _answer(
-    engine: "StreamingEngine", ids: list[int], screen: Screen, *, as_json: bool, **generation: Any
-) -> None:
+def _answer(engine: "StreamingEngine", ids: list[int], screen: Screen, *, as_json: bool, **generation: Any) -> None:
     from streamer.cli.summary import summarize
 
     pieces: list[str] = []

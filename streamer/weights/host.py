@@ -122,9 +122,7 @@ class PinnedSource:
             self._places[unit] = (len(segments) - 1, at, size)
             segments[-1].append(unit)
             at += size
-        self._segments = [
-            PinnedSegment(sum(reader.units[u].nbytes for u in inside)) for inside in segments
-        ]
+        self._segments = [PinnedSegment(sum(reader.units[u].nbytes for u in inside)) for inside in segments]
         self._left = [len(inside) for inside in segments]
         self._refused = False
         self._pool = ThreadPoolExecutor(READER_THREADS, thread_name_prefix="tq-stream-reader")
@@ -247,5 +245,3 @@ class MappedWeights:
 
     def close(self) -> None:
         """The checkpoint owns its maps."""
-
-

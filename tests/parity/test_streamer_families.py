@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from random_models import RANDOM_MODELS
 from transformers import AutoModelForCausalLM
 
 from streamer import StreamingEngine
-from conftest import RANDOM_MODELS
 
 MODEL_TYPES = tuple(RANDOM_MODELS)
 

@@ -1,5 +1,6 @@
 """Our attention function and its mask function, and how transformers learns of them."""
 
+import logging
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from turboquant.errors import UnsupportedModelError
 from turboquant.hf.cache import ATTENTION_NAME, TurboQuantCache, _Handle
 from turboquant.hf.dense import dense_attention
 from turboquant.hf.masks import turboquant_mask
+
+logger = logging.getLogger("turboquant")
 
 # Arguments that would change the answer and that this function does not know how to honour.
 _REFUSED = ("position_bias", "cu_seq_lens_q", "cu_seq_lens_k", "head_mask", "cache", "indices", "block_sequence_ids")
@@ -72,13 +75,17 @@ def wrap(model: PreTrainedModel, bits: int = 4, **options: Any) -> PreTrainedMod
         model: a transformers decoder; it is changed in place (its attention, and the class that makes its cache).
         bits: see TurboQuantCache, like all further keyword options.
     Returns:
-        The same model.
+        The same model. If its code takes no attention functions, it keeps its own attention, and says so.
     Raises:
         OptionError, UnsupportedModelError: see TurboQuantCache; raised here, not at the first generate.
     """
     TurboQuantCache(model, bits, **options)
     register_attention()
     model.set_attn_implementation(ATTENTION_NAME)
+    if model.config.get_text_config(decoder=True)._attn_implementation != ATTENTION_NAME:
+        logger.warning(
+            "%s takes no attention functions: its layers will be unpacked for each call", type(model).__name__
+        )
     model._prepare_cache_for_generation = _CachePreparation(model, bits, options)  # type: ignore[assignment]
     return model
 
@@ -88,7 +95,7 @@ class _CachePreparation:
 
     def __init__(self, model: PreTrainedModel, bits: int, options: dict[str, Any]):
         self.model, self.bits, self.options = model, bits, options
-        self.plain = type(model)._prepare_cache_for_generation
+        self.plain = type(model)._prepare_cache_for_generation  # type: ignore[attr-defined]  # GenerationMixin's
 
     def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         prepare_cache(generation_config, model_kwargs, lambda: TurboQuantCache(self.model, self.bits, **self.options))

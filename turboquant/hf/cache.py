@@ -47,7 +47,7 @@ class LayerReport:
         layer: index. kind: "compressed", "dense", "sliding window" or "empty".
         key_bits, value_bits: widths of the stored code (16 = the model's dtype).
         tokens: tokens held per row. coded_tokens: those of them held as codes.
-        nbytes: all bytes. parts: the same by kind ("codes", "scales", "means", "dense", "bias").
+        nbytes: all bytes. parts: the same by kind ("codes", "scales", "means", "dense", "rotation", "bias").
         dense_nbytes: what the same tokens take in the model's dtype.
     """
 
@@ -72,10 +72,21 @@ class _Handle:
         self.layer, self.new = layer, new
 
     def __getattr__(self, name: str) -> Any:
-        raise UnsupportedModelError(
-            f"this model reads the cached keys itself (asks for .{name}), so it cannot use attention "
-            f'"{ATTENTION_NAME}"; load it with attn_implementation="sdpa": the cache then unpacks a layer per call'
-        )
+        raise _reads_keys_itself(name)
+
+    def __getitem__(self, index: Any) -> Any:
+        raise _reads_keys_itself("__getitem__")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise _reads_keys_itself(getattr(func, "__name__", str(func)))
+
+
+def _reads_keys_itself(asked_for: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"this model reads the cached keys itself (asks for .{asked_for}), so it cannot use attention "
+        f'"{ATTENTION_NAME}"; load it with attn_implementation="sdpa": the cache then unpacks a layer per call'
+    )
 
 
 class CompressedLayer(CacheLayerMixin):
@@ -85,7 +96,7 @@ class CompressedLayer(CacheLayerMixin):
     is_croppable = True
 
     def __init__(self, store: CompressedKV, attention_of: PreTrainedConfig):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers' own
         self.store = store
         self._config = attention_of
         # the exact keys and values of a prompt that arrives in chunks: [B, G, old + new, D], and how many are there
@@ -263,7 +274,7 @@ class DenseLayer(CacheLayerMixin):
     is_croppable = True
 
     def __init__(self, capacity_tokens: int | None = None):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers' own
         self._capacity = capacity_tokens
         self._length = 0
 
@@ -286,12 +297,18 @@ class DenseLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         stop = self._length + key_states.shape[-2]
-        if stop > self.keys.shape[-2]:
+        if stop > self._buffers()[0].shape[-2]:
             self._allocate(key_states, value_states, -(-stop // _DENSE_STEP_TOKENS) * _DENSE_STEP_TOKENS)
-        self.keys[:, :, self._length : stop] = key_states
-        self.values[:, :, self._length : stop] = value_states
+        keys, values = self._buffers()
+        keys[:, :, self._length : stop] = key_states
+        values[:, :, self._length : stop] = value_states
         self._length = stop
-        return self.keys[:, :, :stop], self.values[:, :, :stop]
+        return keys[:, :, :stop], values[:, :, :stop]
+
+    def _buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.keys is None or self.values is None:
+            raise StateError("the layer is empty: update it first")
+        return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that a mask for `query_length` new tokens covers."""
@@ -316,8 +333,9 @@ class DenseLayer(CacheLayerMixin):
 
     def _select(self, index: torch.Tensor) -> None:
         if self.is_initialized:
-            self.keys = self.keys.index_select(0, index.to(self.keys.device))
-            self.values = self.values.index_select(0, index.to(self.values.device))
+            keys, values = self._buffers()
+            index = index.to(keys.device)
+            self.keys, self.values = keys.index_select(0, index), values.index_select(0, index)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Rows in the order of beam_idx [B] (beam search)."""
@@ -326,12 +344,12 @@ class DenseLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times, copies side by side."""
         if self.is_initialized:
-            self._select(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
+            self._select(torch.arange(self._buffers()[0].shape[0]).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows that indices name (integers, or one boolean per row)."""
         if self.is_initialized:
-            self._select(torch.arange(self.keys.shape[0])[indices.cpu()])
+            self._select(torch.arange(self._buffers()[0].shape[0])[indices.cpu()])
 
 
 def _tokens_to_drop(tokens_to_remove: int, length: int) -> int:
@@ -385,6 +403,11 @@ class TurboQuantCache(Cache):
             raise UnsupportedModelError(
                 f"{config.model_type} is an encoder-decoder; the compressed cache serves decoder-only models"
             )
+        takes_caches = getattr(model, "_supports_default_dynamic_cache", None)  # a model's word on its own class
+        if takes_caches is not None and not takes_caches():
+            raise UnsupportedModelError(
+                f"{type(model).__name__} keeps its past in a form of its own; it takes no cache"
+            )
         self.config = config.get_text_config(decoder=True)
         plain_layers = plain_cache_layers(self.config)
         precisions = layer_precisions(
@@ -415,7 +438,7 @@ class TurboQuantCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
-        """Hand the new keys and values [B, G, T, D] to their layer; see CompressedLayer.update and DenseLayer.update."""
+        """Hand the new keys and values [B, G, T, D] to their layer; see CompressedLayer.update."""
         attention = self.config._attn_implementation
         is_foreign = attention != ATTENTION_NAME and isinstance(self.layers[layer_idx], CompressedLayer)
         if is_foreign and not self._has_named_attention:
@@ -439,7 +462,7 @@ class TurboQuantCache(Cache):
         for layer in self.layers:
             if isinstance(layer, CompressedLayer) and layer.store.batch_size:
                 return layer.store.batch_size
-            if not isinstance(layer, CompressedLayer) and layer.is_initialized and layer.keys is not None:
+            if isinstance(layer, (DenseLayer, DynamicSlidingWindowLayer)) and layer.keys is not None:
                 return int(layer.keys.shape[0])
         return -1
 
@@ -470,7 +493,7 @@ def _report_layer(index: int, layer: Any) -> LayerReport:
         )
     held = layer.keys.nbytes + layer.values.nbytes if layer.is_initialized and layer.keys is not None else 0
     kind = "sliding window" if isinstance(layer, DynamicSlidingWindowLayer) else "dense"
-    parts = {"codes": 0, "scales": 0, "means": 0, "dense": held, "bias": 0}
+    parts = {"codes": 0, "scales": 0, "means": 0, "dense": held, "rotation": 0, "bias": 0}
     return LayerReport(index, kind if held else "empty", 16, 16, layer.get_seq_length(), 0, held, parts, held)
 
 

@@ -8,7 +8,7 @@ ours, and the formula that we subtract is used only after it has reproduced thos
 import inspect
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -28,6 +28,9 @@ _KEY_NORMS = ("k_norm", "k_layernorm", "key_layernorm", "qk_norm")
 
 # Frequencies that change with the length of the text: R_t of an old token would not stay what was subtracted.
 _MOVING_ROPE = ("dynamic", "longrope", "su")
+
+
+_CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
 
 
 class _KeysSeen(Exception):
@@ -59,12 +62,21 @@ def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList | None:
 
 
 def attention_of(layer: nn.Module) -> nn.Module | None:
-    """The self-attention module of a decoder layer."""
+    """The self-attention module of a decoder layer: the innermost of such a name that is handed the cache."""
     for name, child in layer.named_children():
-        if "attn" in name.lower() or "attention" in name.lower():
+        if "attn" in name.lower() or "attention" in name.lower():  # norms and projections can be called so too
             nested = attention_of(child)
-            return nested if nested is not None else child
+            if nested is not None:
+                return nested
+            if _cache_argument(child) is not None:
+                return child
     return None
+
+
+def _cache_argument(module: nn.Module) -> str | None:
+    """The name under which a module's forward takes the cache, or None."""
+    accepted = inspect.signature(module.forward).parameters
+    return next((name for name in _CACHE_ARGUMENTS if name in accepted), None)
 
 
 def find_key_biases(model: nn.Module) -> list[KeyBias | None]:
@@ -87,8 +99,8 @@ def find_key_biases(model: nn.Module) -> list[KeyBias | None]:
 def rotary_of(model: nn.Module) -> nn.Module | None:
     """The rotary embedding that the decoder shares between its layers, or None."""
     for name, module in model.named_modules():
-        if name.rsplit(".", 1)[-1] in ("rotary_emb", "rotary_embedding") and hasattr(module, "forward"):
-            return module
+        if name.rsplit(".", 1)[-1] in ("rotary_emb", "rotary_embedding"):
+            return cast(nn.Module, module)
     return None
 
 
@@ -195,7 +207,9 @@ def _key_function(
         elif parameter.ndim == 2:
             owner = attention.get_submodule(name.rpartition(".")[0])
             is_transposed = type(owner).__name__ == "Conv1D"  # GPT-2's linear layer keeps [in, out]
-            parameters[name] = torch.zeros(1, parameter.shape[1]) if is_transposed else torch.zeros(parameter.shape[0], 1)
+            parameters[name] = (
+                torch.zeros(1, parameter.shape[1]) if is_transposed else torch.zeros(parameter.shape[0], 1)
+            )
         else:
             parameters[name] = torch.ones(parameter.shape)
     accepted = inspect.signature(attention.forward).parameters
@@ -204,7 +218,7 @@ def _key_function(
         hidden = torch.zeros(1, positions.shape[1], 1)
         kwargs: dict[str, Any] = {"attention_mask": None, "position_embeddings": tables, "position_ids": positions}
         kwargs = {name: value for name, value in kwargs.items() if name in accepted}
-        cache_name = next((n for n in ("past_key_values", "layer_past", "past_key_value") if n in accepted), None)
+        cache_name = _cache_argument(attention)
         if cache_name is None:
             raise TypeError(f"{type(attention).__name__}.forward takes no cache")
         kwargs[cache_name] = _Recorder()

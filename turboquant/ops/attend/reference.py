@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from turboquant.errors import ShapeError
+
 
 @dataclass(frozen=True, eq=False)
 class Segment:
@@ -41,6 +43,8 @@ def attend(
         sink_logits: [G, N] learned logits that take part in the normaliser only (gpt-oss), or None.
     Returns:
         [G, N, Dv] float32, rotated as the values are; a new tensor.
+    Raises:
+        ShapeError: no segment.
     Source: own; merging is the online softmax of Milakov and Gimelshein 2018 (arXiv 1805.02867).
     """
     highest = normaliser = weighted = None
@@ -69,5 +73,5 @@ def attend(
                 part = part + weighted * shrink[..., None]
         highest, normaliser, weighted = top, mass, part
     if weighted is None or normaliser is None:
-        raise ValueError("attend needs at least one segment")
+        raise ShapeError("attend needs at least one segment of tokens; got none")
     return weighted / normaliser[..., None]

@@ -1,0 +1,140 @@
+"""The plan's arithmetic: what stays, what streams, what the cache takes, and errors that name the nearest setting."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from make_checkpoint import SHAPES, write_checkpoint
+from streamer.architecture import Architecture, aligned, head_slices, read_architecture
+from streamer.checkpoint import Checkpoint
+from streamer.errors import DoesNotFitError
+from streamer.options import GIB
+from streamer.plan import CacheSettings, Plan, Request, cache_bytes, make_plan
+
+RAM = 200 * GIB
+
+
+@pytest.fixture(scope="module")
+def qwen_14b(tmp_path_factory: pytest.TempPathFactory) -> Architecture:
+    folder = tmp_path_factory.mktemp("shapes") / "qwen2.5-14b"
+    write_checkpoint(SHAPES["qwen2.5-14b"], folder, headers_only=True)
+    return read_architecture(folder, Checkpoint.open(folder))
+
+
+def plan_of(architecture: Architecture, **changes: Any) -> Plan:
+    return make_plan(architecture, Request(**{"context": 4096, "vram_bytes": 24 * GIB, "ram_bytes": RAM} | changes))
+
+
+def test_a_14b_shape_is_read_from_headers(qwen_14b: Architecture) -> None:
+    assert (qwen_14b.num_layers, qwen_14b.layer_path, qwen_14b.is_tied) == (48, "model.layers", False)
+    assert [unit.name for unit in qwen_14b.layers[7]] == ["model.layers.7.self_attn", "model.layers.7.mlp"]
+    # 48 layers of 5120 x (2 x 5120 + 2 x 1024 + 3 x 13824) weights and 7168 biases, 2 bytes each
+    assert qwen_14b.layer_bytes == 48 * 2 * (5120 * (2 * 5120 + 2 * 1024 + 3 * 13824) + 7168)
+    assert qwen_14b.head.nbytes == 2 * 152064 * 5120
+
+
+@pytest.mark.parametrize("budget", [6, 8, 12, 16, 24, 40])
+def test_the_budget_is_filled_and_never_passed(budget: int, qwen_14b: Architecture) -> None:
+    plan = plan_of(qwen_14b, vram_bytes=budget * GIB)
+    assert plan.device_bytes <= budget * GIB
+    layers = sum(unit.nbytes for layer in qwen_14b.layers for unit in layer)
+    resident = sum(unit.nbytes for i, unit in enumerate(plan.units) if i in plan.resident)
+    assert resident + plan.streamed_bytes == layers + aligned(qwen_14b.head.nbytes)
+    if plan.streamed_bytes:
+        smallest = min(unit.nbytes for i, unit in enumerate(plan.units) if i not in plan.resident)
+        assert budget * GIB - plan.device_bytes < smallest, "a unit more would have fitted"
+    else:
+        assert plan.ring_bytes == 0
+
+
+def test_streamed_layers_are_spread_evenly(qwen_14b: Architecture) -> None:
+    plan = plan_of(qwen_14b, vram_bytes=16 * GIB)
+    streams = [
+        any(i not in plan.resident for i, unit in enumerate(plan.units) if unit.name.startswith(f"model.layers.{n}."))
+        for n in range(48)
+    ]
+    count = sum(streams)
+    assert 0 < count < 48
+    for start in range(0, 48, 12):
+        assert abs(sum(streams[start : start + 12]) - count / 4) <= 1
+
+
+@pytest.mark.parametrize(("resident", "expected"), [(0, 0), (10, 10), (48, 48), (99, 48)])
+def test_resident_layers_can_be_fixed(resident: int, expected: int, qwen_14b: Architecture) -> None:
+    assert plan_of(qwen_14b, vram_bytes=40 * GIB, resident_layers=resident).layers_resident == expected
+
+
+def test_the_ring_holds_a_layer_and_a_fifth(qwen_14b: Architecture) -> None:
+    plan = plan_of(qwen_14b, resident_layers=0)
+    layer = sum(unit.nbytes for unit in qwen_14b.layers[0])
+    assert 1.2 * layer <= plan.ring_bytes < 1.21 * layer
+
+
+def test_a_head_too_large_to_stay_streams_in_slices(qwen_14b: Architecture) -> None:
+    plan = plan_of(qwen_14b, vram_bytes=3 * GIB, context=1024)
+    slices = [unit for unit in plan.units if unit.rows is not None]
+    assert len(slices) > 1
+    assert slices[0].rows is not None
+    assert slices[-1].rows is not None
+    assert (slices[0].rows[0], slices[-1].rows[1]) == (0, 152064)
+    assert all(a.rows[1] == b.rows[0] for a, b in itertools.pairwise(slices) if a.rows and b.rows)
+    assert max(unit.nbytes for unit in slices) <= plan.ring_bytes
+    assert any("output matrix" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize(
+    ("cache", "bytes_per_token_and_head"),
+    [(CacheSettings(16), 512), (CacheSettings(4), 136), (CacheSettings(3), 104), (CacheSettings(2), 72)],
+)
+def test_cache_bytes_of_64_more_tokens(
+    cache: CacheSettings, bytes_per_token_and_head: int, qwen_14b: Architecture
+) -> None:
+    """K and V of 128: planes and one fp16 scale each, and a block mean of 128 fp16 per 64 tokens (4 bytes a token)."""
+    request = [Request(context=n, cache=cache) for n in (6400, 6464)]
+    grown = cache_bytes(qwen_14b, request[1]) - cache_bytes(qwen_14b, request[0])
+    assert grown == 48 * 8 * 64 * bytes_per_token_and_head
+
+
+def test_too_small_a_budget_names_every_term_and_a_context_that_fits(qwen_14b: Architecture) -> None:
+    with pytest.raises(DoesNotFitError, match="KV cache") as caught:
+        plan_of(qwen_14b, vram_bytes=6 * GIB, context=32768, cache=CacheSettings(16))
+    message = str(caught.value)
+    context = int(message.split("--context ")[1].split()[0])
+    assert plan_of(qwen_14b, vram_bytes=6 * GIB, context=context, cache=CacheSettings(16)).device_bytes <= 6 * GIB
+    assert len(message.splitlines()) == 3
+
+
+def test_no_context_fits_then_the_budget_that_would_is_named(qwen_14b: Architecture) -> None:
+    with pytest.raises(DoesNotFitError, match="--vram ") as caught:
+        plan_of(qwen_14b, vram_bytes=1 * GIB, context=1024)
+    named = float(str(caught.value).split("--vram ")[1].removesuffix("GiB."))
+    assert plan_of(qwen_14b, vram_bytes=int(named * GIB), context=1024).device_bytes <= named * GIB
+
+
+def test_weights_beyond_the_ram_budget_are_read_in_every_pass(qwen_14b: Architecture) -> None:
+    plan = plan_of(qwen_14b, ram_bytes=8 * GIB, resident_layers=0)
+    assert plan.host == "staged"
+    assert plan.bytes_at("host") <= 8 * GIB
+    assert any("read from the files in every pass" in note for note in plan.notes)
+
+
+def test_on_the_cpu_converted_weights_count_against_ram(random_checkpoint: Callable[..., Path]) -> None:
+    folder = random_checkpoint("llama", dtype="bfloat16")
+    architecture = read_architecture(folder, Checkpoint.open(folder), dtype="float32")
+    plan = make_plan(architecture, Request(context=64, ram_bytes=GIB))
+    assert plan.bytes_at("host") > 0
+    assert any("converted" in note for note in plan.notes)
+    with pytest.raises(DoesNotFitError, match="--ram"):
+        make_plan(architecture, Request(context=64, ram_bytes=1000))
+
+
+def test_head_slices_cover_every_row_once(qwen_14b: Architecture) -> None:
+    for limit in (1, 10240, 1 << 20, 1 << 40):
+        slices = head_slices(qwen_14b.head, limit) if limit > 1 << 15 else head_slices(qwen_14b.head, 1 << 28)
+        rows = [unit.rows for unit in slices if unit.rows is not None]
+        assert rows[0][0] == 0
+        assert rows[-1][1] == 152064
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(rows))
