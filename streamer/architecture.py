@@ -24,6 +24,7 @@ from streamer.errors import MissingTensorError, TensorMismatchError, Unsupported
 from turboquant import KeyBias
 from turboquant.hf import (
     ATTENTION_NAME,
+    TurboQuantCache,
     attention_of,
     decoder_layers,
     key_bias_of,
@@ -289,7 +290,10 @@ def _run_dtype(dtype: str, config: PreTrainedConfig, checkpoint: Checkpoint) -> 
 
 
 def _streamed_class(original: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """A subclass whose forward refuses outputs that composed layers do not record, instead of leaving them empty."""
+    """A subclass whose forward refuses outputs that composed layers do not record, instead of leaving them empty.
+
+    It also tells a compressed cache about padding where the attention in use cannot.
+    """
 
     # generate reads the signature (does it take position_ids, logits_to_keep?): it must be the original's
     @functools.wraps(original.forward)
@@ -297,6 +301,10 @@ def _streamed_class(original: type[PreTrainedModel]) -> type[PreTrainedModel]:
         for name in ("output_attentions", "output_hidden_states", "output_router_logits"):
             if kwargs.get(name, getattr(self.config, name, False)):
                 raise UnsupportedModelError(f"{name} is not available from a streamed model; leave it off")
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        is_foreign = self.config._attn_implementation != ATTENTION_NAME
+        if is_foreign and isinstance(cache, TurboQuantCache) and mask is not None and mask.ndim == 2:
+            cache.announce_padding(mask)
         return original.forward(self, *args, **kwargs)
 
     # name and module of the original: transformers looks both up (conversion mapping, generation)

@@ -30,6 +30,7 @@ class Weights(Protocol):
     """What a streamed module asks of its weights (DeviceWeights, MappedWeights)."""
 
     def parameter(self, unit: int, parameter: Parameter) -> torch.Tensor: ...
+    def is_streamed(self, unit: int) -> bool: ...
     def wait(self, unit: int) -> None: ...
     def release(self, unit: int) -> None: ...
 
@@ -54,22 +55,36 @@ class Gate(nn.Module):
         """Wait, run the child, release."""
         use = self.use
         if not use.is_open:
+            if use.is_done:
+                raise UnsupportedModelError(
+                    f"a layer calls its part {type(self._owned[0]).__name__} twice; its bytes are gone after the first "
+                    "time: this model cannot be streamed (run it with --device cpu, or whole on the GPU)"
+                )
             self._weights.wait(self._unit)
             use.is_open = True
         out = self._owned[0](*args, **kwargs)
         if use.is_last:
             self._weights.release(self._unit)
-            use.is_open = False
+            use.is_open, use.is_done = False, self._weights.is_streamed(self._unit)
         return out
+
+    @property
+    def was_used(self) -> bool:
+        """Whether a layer that has run has used its part as streaming needs it: once, to the end."""
+        return self.use.is_done or not self._weights.is_streamed(self._unit)
 
 
 class _Use:
     """Where a gate is in a pass; an object of its own because setting a module's attribute costs microseconds."""
 
-    __slots__ = ("is_last", "is_open")
+    __slots__ = ("is_done", "is_last", "is_open")
 
     def __init__(self) -> None:
-        self.is_open, self.is_last = False, True
+        self.reset()
+
+    def reset(self) -> None:
+        """As before a pass."""
+        self.is_open, self.is_last, self.is_done = False, True, False
 
 
 class StreamedLayer(nn.Module):
@@ -94,7 +109,7 @@ class StreamedLayer(nn.Module):
         chunks = self._chunks(call, hidden.shape[1])
         if len(chunks) == 1:
             out = self._owned[0](**call)
-            self._finish(1)
+            self._finish()
             return out
         for gate in self._gates:
             gate.use.is_last = False
@@ -114,13 +129,13 @@ class StreamedLayer(nn.Module):
         finally:
             for gate in self._gates:
                 gate.use.is_last = True
-        self._finish(len(chunks))
+        self._finish()
         return (out,) if isinstance(part, tuple) else out
 
     def reset(self) -> None:
         """After an error in mid-pass: no part is open."""
         for gate in self._gates:
-            gate.use.is_open, gate.use.is_last = False, True
+            gate.use.reset()
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         if len(args) == 1:  # as nearly all models call their layers
@@ -147,12 +162,14 @@ class StreamedLayer(nn.Module):
                 return [(0, tokens)]
         return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
-    def _finish(self, uses: int) -> None:
+    def _finish(self) -> None:
         for gate in self._gates:
-            if gate.use.is_open:
+            if not gate.was_used:
                 raise UnsupportedModelError(
-                    f"layer {self._index} did not call its part {type(gate._owned[0]).__name__} in {uses} chunks"
+                    f"layer {self._index} did not call its part {type(gate._owned[0]).__name__}, so nothing waited for "
+                    "its bytes: this model cannot be streamed (run it with --device cpu, or whole on the GPU)"
                 )
+            gate.use.reset()
         self._stats.on_layer(self._index)
 
 

@@ -71,6 +71,10 @@ class DeviceWeights:
         part = self._places[unit][start : start + owner.part_bytes(parameter)]
         return part.view(parameter.dtype).view(owner.part_shape(parameter))
 
+    def is_streamed(self, unit: int) -> bool:
+        """Whether the unit goes through the ring: its bytes are there between wait and release only."""
+        return not self._resident[unit]
+
     def wait(self, unit: int) -> None:
         """Let the compute stream wait until the unit's bytes have arrived; queue copies that are due."""
         if self._resident[unit]:

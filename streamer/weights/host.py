@@ -179,8 +179,8 @@ class StagedSource:
 
     def __init__(self, reader: UnitReader):
         self._reader = reader
-        self._slots = [torch.empty(self.SLOT_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(self.SLOTS)]
-        self._copied = [torch.cuda.Event() for _ in range(self.SLOTS)]
+        self._slots: list[torch.Tensor] = []  # taken at the first send: not every run sends anything this way
+        self._copied: list[torch.cuda.Event] = []
         self._next = 0
 
     @property
@@ -194,6 +194,9 @@ class StagedSource:
 
     def send(self, unit: int, target: torch.Tensor) -> None:
         """Copy the unit to the device, a slot at a time; a slot is filled again when its last copy has ended."""
+        if not self._slots:
+            self._slots = [torch.empty(self.SLOT_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(self.SLOTS)]
+            self._copied = [torch.cuda.Event() for _ in range(self.SLOTS)]
         for offset, value in self._reader.values(unit):
             source = value.reshape(-1).view(torch.uint8)
             for start in range(0, source.numel(), self.SLOT_BYTES):
@@ -209,7 +212,7 @@ class StagedSource:
         """Release the slots."""
         for event in self._copied:
             event.synchronize()
-        self._slots = []
+        self._slots, self._copied = [], []
 
 
 class MappedWeights:
@@ -233,6 +236,10 @@ class MappedWeights:
             value = read_parameter(parameter, self._checkpoint, self._model)
         rows = self._units[unit].rows
         return value if rows is None else value[rows[0] : rows[1]]
+
+    def is_streamed(self, unit: int) -> bool:
+        """Never: the bytes stay where they are."""
+        return False
 
     def wait(self, unit: int) -> None:
         """Nothing to wait for: a page is read when it is touched."""

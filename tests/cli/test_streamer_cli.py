@@ -522,7 +522,16 @@ def test_report_table_fits_100_columns(headers_70b: Path) -> None:
             1,
             r"Error: the run needs [\d.]+ GiB of GPU memory and 572.2 MiB may be used\.\n.*  Try ",
         ),
-        (["--vram", "24GiB", "--context", "4000000"], 1, r"Error: the run needs .* Try --context \d+ \(needs"),
+        (
+            ["--vram", "5GiB", "--context", "8192", "--bits", "16"],
+            1,
+            r"Error: the run needs .* Try --context \d+ \(needs",
+        ),
+        (
+            ["--vram", "24GiB", "--context", "9000"],
+            1,
+            r"Error: context 9000 was asked for and the model was made for 8192",
+        ),
         (["--vram", "24GiB", "--device", "cpu"], 2, r"Error: vram and resident are for a GPU"),
         (["--vram", "24GiB", "--measure"], 2, r"Error: vram and resident are for a GPU"),
         (["--vram", "24GiB", "--protected-layers", "80"], 2, r"Error: protected layer 80 does not exist"),

@@ -13,8 +13,8 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from make_checkpoint import SHAPES, write_checkpoint
 
+from make_checkpoint import SHAPES, write_checkpoint
 from streamer.cli import main as tq_stream
 
 ROOT = Path(__file__).resolve().parents[2]

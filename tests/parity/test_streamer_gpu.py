@@ -100,7 +100,9 @@ def test_an_error_in_mid_pass_leaves_the_engine_usable(random_checkpoint: Callab
 
 def test_peak_memory_stays_below_the_prediction(random_checkpoint: Callable[..., Path]) -> None:
     """Small model, so that context and workspaces, which the allocator does not see, are left out on both sides."""
-    folder = random_checkpoint("llama", hidden_size=1024, intermediate_size=4096, num_hidden_layers=8)
+    folder = random_checkpoint(
+        "llama", hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, max_position_embeddings=4096
+    )
     for bits, length in ((16, 2000), (3, 2000)):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -126,3 +128,29 @@ def test_generating_again_and_again_takes_no_more_memory(random_checkpoint: Call
         for _ in range(50):
             engine.generate_ids(ids, max_new_tokens=8, temperature=0)
         assert torch.cuda.memory_reserved() == before
+
+
+@pytest.mark.parametrize("groups", [1, 7])
+@pytest.mark.parametrize(("tokens", "length"), [(1, 1), (1, 1000), (300, 300), (100, 1000)])
+def test_dense_attention_in_bfloat16_against_float64(tokens: int, length: int, groups: int) -> None:
+    """Keys and values are views of a longer buffer, as a 16-bit layer keeps them."""
+    from turboquant.hf.dense import dense_attention
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    kv_heads, dim = 4, 128
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda").bfloat16()
+
+    q = random(1, kv_heads * groups, tokens, dim)
+    keys, values = (random(1, kv_heads, length + 77, dim)[:, :, :length] for _ in range(2))
+    module = torch.nn.Module()
+    module.num_key_value_groups = groups
+    module.is_causal = True
+    got = dense_attention(module, q, keys, values, None, scale=dim**-0.5)
+    wide_keys, wide_values = (x.double().repeat_interleave(groups, dim=1) for x in (keys, values))
+    scores = q.double() @ wide_keys.transpose(2, 3) * dim**-0.5
+    future = torch.ones(tokens, length, dtype=torch.bool, device="cuda").triu(length - tokens + 1)
+    wanted = scores.masked_fill(future, float("-inf")).softmax(-1) @ wide_values
+    error = (got.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    assert error.max() < 1e-2  # bf16 keeps 8 bits of p and of the result: 2 ** -8 each, and their sums

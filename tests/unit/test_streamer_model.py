@@ -66,6 +66,9 @@ class _Recorded(MappedWeights):
     def __init__(self) -> None:
         self.calls = list[str]()
 
+    def is_streamed(self, unit: int) -> bool:
+        return True
+
     def wait(self, unit: int) -> None:
         self.calls.append(f"wait {unit}")
 
@@ -86,6 +89,20 @@ def test_a_part_is_waited_for_once_and_released_after_the_last_chunk() -> None:
     whole = streamed._owned[0].part._owned[0](x)
     torch.testing.assert_close(streamed(hidden_states=x.clone()), whole)
     assert weights.calls == ["wait 5", "release 5"]
+
+
+def test_a_part_that_is_never_called_is_an_error_not_a_wrong_answer() -> None:
+    streamed, layer, _, _ = _streamed(chunk=3)
+    layer.skips = True
+    with pytest.raises(UnsupportedModelError, match="layer 0 did not call its part Linear"):
+        streamed(hidden_states=torch.zeros(1, 2, 4))
+
+
+def test_a_part_that_is_called_twice_is_an_error_not_a_wrong_answer() -> None:
+    _, layer, _, _ = _streamed(chunk=3)
+    layer(torch.zeros(1, 2, 4))
+    with pytest.raises(UnsupportedModelError, match="calls its part Linear twice"):
+        layer(torch.zeros(1, 2, 4))
 
 
 def test_an_argument_that_cannot_be_split_sends_the_prompt_through_whole() -> None:

@@ -16,7 +16,7 @@ from transformers.masking_utils import (
 
 from turboquant import UnsupportedModelError
 from turboquant.hf import ATTENTION_NAME, CausalMask, register_attention, turboquant_mask
-from turboquant.hf.dense import dense_attention
+from turboquant.hf.dense import _full_mask, dense_attention
 
 register_attention()
 
@@ -93,18 +93,16 @@ def test_moved_masks_stay_masks_and_computed_ones_are_tensors() -> None:
     assert torch.equal(prefix.padding, padding[:, :3])
 
 
-def test_any_other_pattern_is_made_in_full() -> None:
-    ours = create_causal_mask(
-        config(),
-        torch.zeros(1, 6, 8),
-        None,
-        None,
-        position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]),  # two packed sequences
-    )
+@pytest.mark.parametrize("make", [create_causal_mask, create_sliding_window_causal_mask])
+def test_packed_sequences_do_not_see_each_other(make: Any) -> None:
+    ours = make(config(), torch.zeros(1, 6, 8), None, None, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))
     assert type(ours) is torch.Tensor
     assert ours.shape == (1, 1, 6, 6)
-    assert not bool(ours[0, 0, 5, 0])
+    assert not bool(ours[0, 0, 5, 2])
     assert bool(ours[0, 0, 5, 3])
+
+
+def test_any_other_pattern_is_made_in_full() -> None:
     joined = create_causal_mask(
         config(), torch.zeros(1, 4, 8), None, None, or_mask_function=lambda b, h, q, kv: (q < 2) & (kv < 2)
     )
@@ -181,6 +179,16 @@ def test_rows_that_see_nothing_are_finite() -> None:
     mask[:, :, :2] = False
     for softcap in (None, 3.0):
         assert bool(dense_attention(nn.Module(), q, keys, values, mask, scale=1.0, softcap=softcap).isfinite().all())
+
+
+def test_padding_sees_itself_so_that_no_row_is_empty() -> None:
+    padding = left_padding([0, 3], 5)
+    mask = _full_mask(CausalMask.make(padding, padding, (0, 3), None), 5, 5, torch.device("cpu"))
+    assert mask is not None
+    assert torch.equal(
+        mask[1, 0].int(),
+        torch.tensor([[1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]).int(),
+    )
 
 
 def test_a_mask_of_another_form_is_refused() -> None:

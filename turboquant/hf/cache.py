@@ -103,6 +103,7 @@ class CompressedLayer(CacheLayerMixin):
         self._scratch: tuple[torch.Tensor, torch.Tensor] | None = None
         self._expected = self._filled = self._old = 0
         self._pads: tuple[int, ...] | None = None  # of the rows of the prompt that is being read
+        self.announced_pads: tuple[int, ...] | None = None  # for a foreign attention, which keeps its mask to itself
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to prepare: the store takes dtype, device and batch from its first tokens."""
@@ -122,7 +123,7 @@ class CompressedLayer(CacheLayerMixin):
             return _Handle(self, key_states), _Handle(self, value_states)
         tokens = key_states.shape[-2]
         if self.store.batch_size == 0:
-            self.store.append(key_states, value_states)
+            self.store.append(key_states, value_states, self.announced_pads)
             return key_states, value_states
         keys, values = self.store.unpacked(extra_columns=tokens)
         keys[:, :, -tokens:], values[:, :, -tokens:] = key_states, value_states
@@ -243,7 +244,7 @@ class CompressedLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget all tokens."""
         self.store.reset()
-        self._pads = None
+        self._pads = self.announced_pads = None
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -450,6 +451,22 @@ class TurboQuantCache(Cache):
                 ATTENTION_NAME,
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def announce_padding(self, attention_mask: torch.Tensor) -> None:
+        """Tell an empty cache which columns of its first tokens are padding, where the attention cannot.
+
+        Under our attention the mask says so itself. Under another, tokens reach the cache without their mask, and
+        padding would be stored and coded among them: right, but another code than the row alone would get.
+
+        Args:
+            attention_mask: [B, S], 0 for padding, which counts where it stands on the left.
+        """
+        if self.get_seq_length():
+            return
+        pads = tuple((attention_mask.cumsum(-1) == 0).sum(-1).tolist())
+        for layer in self.layers:
+            if isinstance(layer, CompressedLayer):
+                layer.announced_pads = pads
 
     @property
     def nbytes(self) -> int:
