@@ -6,7 +6,7 @@ and releasing stand in that order.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from transformers import Cache, PreTrainedModel
 from streamer.architecture import Architecture, Parameter, Unit
 from streamer.errors import UnsupportedModelError
 from streamer.stats import RunStats
-from turboquant.hf import CausalMask, CompressedLayer, prepare_cache
+from turboquant.hf import CausalMask, CompressedLayer
 
 # Arguments of a layer that have one entry per token of the prompt, and the axis on which those lie.
 _TOKEN_AXIS = {"position_ids": -1, "cache_position": 0, "position_embeddings": -2, "per_layer_input": 1}
@@ -360,15 +360,3 @@ def _bind(model: nn.Module, name: str, value: torch.Tensor) -> None:
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     owner, _, leaf = name.rpartition(".")
     model.get_submodule(owner)._modules[leaf] = module
-
-
-class CacheMaker:
-    """Stands for `_prepare_cache_for_generation` of an assembled model: plain `generate` gets the engine's cache."""
-
-    def __init__(self, model: PreTrainedModel, make: Callable[[], Cache]):
-        self._model, self._make = model, make
-        self._plain: Any = type(model)._prepare_cache_for_generation  # type: ignore[attr-defined]  # untyped mix-in
-
-    def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        prepare_cache(generation_config, model_kwargs, self._make)
-        return self._plain(self._model, generation_config, model_kwargs, *args, **kwargs)

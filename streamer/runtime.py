@@ -9,11 +9,12 @@ from transformers import Cache, PreTrainedModel
 
 from streamer.architecture import Architecture, read_parameter
 from streamer.checkpoint import Checkpoint
-from streamer.model import CacheMaker, RunSettings, StreamedLayer, assemble
+from streamer.model import RunSettings, StreamedLayer, assemble
 from streamer.plan import CONTEXT_BYTES, Plan
 from streamer.stats import RunStats
 from streamer.weights import DeviceWeights, MappedWeights, PinnedSource, StagedSource, UnitReader
 from turboquant import KeyBias
+from turboquant.hf import install_cache, remove_cache
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Runtime:
         """End copies and threads; device memory returns when the last reference to the model is dropped."""
         self.weights.close()
         # refers to the model that it belongs to: without it, dropping the runtime frees the model at once
-        self.model.__dict__.pop("_prepare_cache_for_generation", None)
+        remove_cache(self.model)
 
 
 def build_runtime(
@@ -82,7 +83,7 @@ def build_runtime(
     resident = {p.name: read_parameter(p, checkpoint, architecture.model).to(device) for p in architecture.resident}
     settings = RunSettings(plan.prefill_chunk, architecture.uses_own_attention)
     model = assemble(architecture, plan.units, weights, resident, table, device, settings, stats)
-    model._prepare_cache_for_generation = CacheMaker(model, make_cache)  # type: ignore[assignment]
+    install_cache(model, make_cache)
     return Runtime(plan, architecture, model, weights, key_biases, device)
 
 

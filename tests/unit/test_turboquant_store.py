@@ -316,6 +316,15 @@ def test_record_past_keeps_what_is_held() -> None:
         assert_same_row(store, row, plain, row)
 
 
+def test_recording_codes_a_block_one_append_later() -> None:
+    store = make_store(window=20)
+    store.record_past()
+    token = draw_kv(1, 1)
+    for count in range(1, 300):
+        store.append(*token)
+        assert store.coded_tokens == 64 * blocks_for(count - 1, store.options)
+
+
 def test_deeper_crop_cuts_codes_and_keeps_what_they_decode_to() -> None:
     keys, values = draw_kv(2, 500)
     store = make_store(2)

@@ -1,6 +1,6 @@
 """Compressed caches for transformers: the only package here that imports transformers."""
 
-from turboquant.hf.attention import prepare_cache, register_attention, turboquant_attention, wrap
+from turboquant.hf.attention import install_cache, register_attention, remove_cache, turboquant_attention, wrap
 from turboquant.hf.cache import (
     ATTENTION_NAME,
     CompressedLayer,
@@ -25,11 +25,12 @@ __all__ = [
     "attention_of",
     "decoder_layers",
     "find_key_biases",
+    "install_cache",
     "key_bias_of",
     "layer_shape",
     "plain_cache_layers",
-    "prepare_cache",
     "register_attention",
+    "remove_cache",
     "rotary_of",
     "turboquant_attention",
     "turboquant_mask",

@@ -1,6 +1,7 @@
 """Our attention function and its mask function, and how transformers learns of them."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -86,29 +87,36 @@ def wrap(model: PreTrainedModel, bits: int = 4, **options: Any) -> PreTrainedMod
         logger.warning(
             "%s takes no attention functions: its layers will be unpacked for each call", type(model).__name__
         )
-    model._prepare_cache_for_generation = _CachePreparation(model, bits, options)  # type: ignore[assignment]
+    install_cache(model, lambda: TurboQuantCache(model, bits, **options))
     return model
 
 
-class _CachePreparation:
-    """Stands in for a model's `_prepare_cache_for_generation`: puts a compressed cache where none was given."""
+def install_cache(model: PreTrainedModel, make: Callable[[], Cache]) -> None:
+    """Let every `generate` of `model` that is given no cache, and asks for no kind of its own, use make()'s."""
+    model._prepare_cache_for_generation = _CachePreparation(model, make)  # type: ignore[assignment]
 
-    def __init__(self, model: PreTrainedModel, bits: int, options: dict[str, Any]):
-        self.model, self.bits, self.options = model, bits, options
-        self.plain = type(model)._prepare_cache_for_generation  # type: ignore[attr-defined]  # GenerationMixin's
+
+def remove_cache(model: PreTrainedModel) -> None:
+    """Undo install_cache."""
+    model.__dict__.pop("_prepare_cache_for_generation", None)
+
+
+class _CachePreparation:
+    """Stands in for a model's `_prepare_cache_for_generation`."""
+
+    def __init__(self, model: PreTrainedModel, make: Callable[[], Cache]):
+        self._model, self._make = model, make
+        self._plain: Any = type(model)._prepare_cache_for_generation  # type: ignore[attr-defined]  # untyped mix-in
 
     def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        prepare_cache(generation_config, model_kwargs, lambda: TurboQuantCache(self.model, self.bits, **self.options))
-        return self.plain(self.model, generation_config, model_kwargs, *args, **kwargs)
-
-
-def prepare_cache(generation_config: Any, model_kwargs: dict[str, Any], make: Any) -> None:
-    """Put `make()` into model_kwargs where generate would make its own cache and the user asked for none."""
-    wants_own = getattr(generation_config, "cache_implementation", None) is not None
-    if generation_config.use_cache is False or wants_own:
-        return
-    if model_kwargs.get("past_key_values") is None:
-        cache: Cache = make()
-        if getattr(generation_config, "is_assistant", False):
-            cache.activate_past_recording()  # its drafts will be taken back; generate marks only a cache of its own
-        model_kwargs["past_key_values"] = cache
+        has_own_kind = getattr(generation_config, "cache_implementation", None) is not None
+        if (
+            generation_config.use_cache is not False
+            and not has_own_kind
+            and model_kwargs.get("past_key_values") is None
+        ):
+            cache = self._make()
+            if getattr(generation_config, "is_assistant", False):
+                cache.activate_past_recording()  # its drafts will be taken back; generate marks only its own cache
+            model_kwargs["past_key_values"] = cache
+        return self._plain(self._model, generation_config, model_kwargs, *args, **kwargs)
