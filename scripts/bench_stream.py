@@ -220,7 +220,12 @@ def run_transformers(args: argparse.Namespace, watcher: PeakWatcher) -> dict[str
     }
     if args.runner == "resident" and args.logits:
         new_ids = prompt_ids(8)
-        torch.save({"logits": logits_of(model, ids, new_ids.cuda()), "new_ids": new_ids}, args.logits)
+        logits = logits_of(model, ids, new_ids.cuda())
+        torch.save({"logits": logits, "new_ids": new_ids}, args.logits)
+        # the same weights with another attention kernel: what bf16 itself leaves undecided
+        model.set_attn_implementation("eager")
+        other = logits_of(model, ids, new_ids.cuda())
+        row["own_relative_error"] = ((other - logits).norm() / logits.norm()).item()
     return row
 
 
@@ -292,6 +297,8 @@ def print_row(row: dict[str, Any]) -> None:
         f"{row['runner']:12} first {row['first_token_s']:.2f} s, {row['tokens_per_s']:.2f} tok/s, "
         f"process peak {row['process_peak_bytes'] / gb:.2f} GB"
     )
+    if "own_relative_error" in row:
+        line += f"; its own logits with eager attention differ by {row['own_relative_error']:.4f} relative"
     if row["runner"] == "streamed":
         limit = row["link_bytes_per_s"] / max(row["streamed_bytes"], 1)
         line += (

@@ -191,6 +191,7 @@ def _hub() -> dict[str, Any]:
 def _contact(endpoint: str) -> str | None:
     """Why a server does not answer within the time limit; None when it does."""
     faults: list[str | None] = []
+    silence = f"no answer in {_HUB_TIMEOUT_S:g} s"
 
     def ask() -> None:
         try:
@@ -199,13 +200,14 @@ def _contact(endpoint: str) -> str | None:
         except urllib.error.HTTPError:  # an answer all the same
             faults.append(None)
         except (OSError, ValueError) as error:
-            faults.append(_first_line(getattr(error, "reason", error)))
+            reason = getattr(error, "reason", error)
+            faults.append(silence if isinstance(reason, TimeoutError) else _first_line(reason))
 
     # in a thread, because looking up a name has a time limit of its own that can be much longer
     worker = threading.Thread(target=ask, daemon=True)
     worker.start()
     worker.join(_HUB_TIMEOUT_S)
-    return faults[0] if faults else f"no answer in {_HUB_TIMEOUT_S:g} s"
+    return faults[0] if faults else silence
 
 
 def _works(findings: dict[str, Any]) -> list[dict[str, str]]:
