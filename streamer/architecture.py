@@ -35,6 +35,9 @@ from turboquant.hf import (
 # Every parameter starts at a multiple of this on the device: cuBLAS takes its fast kernels, Triton its 16-byte loads.
 ALIGNMENT_BYTES = 256
 
+# Name under which an assembled model keeps what puts its weights back in order after an error in mid-pass.
+ABORT_PASS = "_abort_pass"
+
 # A child of a layer with at least this share of its bytes is a unit of streaming; smaller ones (norms) stay resident.
 _UNIT_SHARE = 0.05
 
@@ -99,11 +102,13 @@ class Unit:
     Attributes:
         name: path of the module, e.g. "model.layers.0.mlp".
         parameters: in the order in which they lie in the unit's bytes, each aligned.
+        group: equal for units that are in use together: the layer's number; a slice of the head is alone.
         rows: for a slice of the head, the first row and the row after the last; None otherwise.
     """
 
     name: str
     parameters: tuple[Parameter, ...]
+    group: int
     rows: tuple[int, int] | None = None
 
     @cached_property
@@ -240,7 +245,7 @@ def read_architecture(folder: Path, checkpoint: Checkpoint, *, dtype: str = "aut
     names = {p.name for p in (embedding, head)}
     units = []
     for i, layer in enumerate(layers):
-        layer_units = _units_of(layer, f"{layer_path}.{i}", parameters)
+        layer_units = _units_of(layer, i, f"{layer_path}.{i}", parameters)
         names |= {p.name for unit in layer_units for p in unit.parameters}
         units.append(layer_units)
     resident = tuple(p for name, p in parameters.items() if name not in names)
@@ -305,7 +310,13 @@ def _streamed_class(original: type[PreTrainedModel]) -> type[PreTrainedModel]:
         is_foreign = self.config._attn_implementation != ATTENTION_NAME
         if is_foreign and isinstance(cache, TurboQuantCache) and mask is not None and mask.ndim == 2:
             cache.announce_padding(mask)
-        return original.forward(self, *args, **kwargs)
+        try:
+            return original.forward(self, *args, **kwargs)
+        except BaseException:
+            abort = self.__dict__.get(ABORT_PASS)
+            if abort is not None:
+                abort()  # units that were waited for and not released would stop every later pass
+            raise
 
     # name and module of the original: transformers looks both up (conversion mapping, generation)
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
@@ -440,6 +451,13 @@ def _ends(
     is_tied = head is None or head.sources == embedding.sources
     if head is None:
         meta = head_module.weight
+        is_tied_by_config = getattr(model.config.get_text_config(decoder=True), "tie_word_embeddings", True)
+        if not is_tied_by_config:
+            raise MissingTensorError(
+                f"the checkpoint has no {head_name}, and config.json says that the embedding table does not stand in "
+                "for it (tie_word_embeddings is false). Download the checkpoint again.",
+                path=next(iter(checkpoint.tensors.values())).shard.parent,
+            )
         if tuple(meta.shape) != embedding.shape:
             raise MissingTensorError(
                 f"the checkpoint has no {head_name}, and the embedding table of shape {list(embedding.shape)} cannot "
@@ -452,7 +470,7 @@ def _ends(
     return embedding, head, is_tied
 
 
-def _units_of(layer: nn.Module, path: str, parameters: Mapping[str, Parameter]) -> tuple[Unit, ...]:
+def _units_of(layer: nn.Module, number: int, path: str, parameters: Mapping[str, Parameter]) -> tuple[Unit, ...]:
     """The large children of a layer, in order; what is left over stays resident."""
     own = {name: p for name, p in parameters.items() if name.startswith(path + ".")}
     total = sum(p.nbytes for p in own.values())
@@ -462,7 +480,7 @@ def _units_of(layer: nn.Module, path: str, parameters: Mapping[str, Parameter]) 
             continue  # not called as a module, so nothing could wait for its bytes; it stays resident
         inside = tuple(p for name, p in own.items() if name.startswith(f"{path}.{child_name}."))
         if inside and sum(p.nbytes for p in inside) >= _UNIT_SHARE * total:
-            units.append(Unit(f"{path}.{child_name}", inside))
+            units.append(Unit(f"{path}.{child_name}", inside, number))
     return tuple(units)
 
 
@@ -472,7 +490,8 @@ def head_slices(head: Parameter, max_bytes: int) -> tuple[Unit, ...]:
     row_bytes = head.nbytes // rows
     step = max(1, max_bytes // row_bytes)
     return tuple(
-        Unit(head.name.rpartition(".")[0], (head,), (start, min(start + step, rows))) for start in range(0, rows, step)
+        Unit(head.name.rpartition(".")[0], (head,), -1 - start, (start, min(start + step, rows)))
+        for start in range(0, rows, step)
     )
 
 

@@ -4,16 +4,24 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import psutil
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 
 from streamer.architecture import Architecture, bytes_of, read_architecture
 from streamer.checkpoint import Checkpoint
-from streamer.errors import ContextLengthError, OptionError, UnsupportedModelError
+from streamer.errors import ContextLengthError, DoesNotFitError, OptionError, UnsupportedModelError
 from streamer.generation import StopWhen, TokenSink, generation_config, seeded
 from streamer.options import parse_dtype, parse_size
 from streamer.plan import CONTEXT_BYTES, CacheSettings, Plan, Request, make_plan
@@ -22,7 +30,6 @@ from streamer.resolve import resolve_model
 from streamer.runtime import Runtime, build_runtime, measured_context_bytes
 from streamer.stats import RunStats
 from streamer.text import TextPieces
-from turboquant.hf import TurboQuantCache
 
 logger = logging.getLogger("streamer")
 
@@ -54,7 +61,7 @@ class StreamingEngine:
         on_note: called with each automatic choice, one line; default: logged as a warning of logger "streamer".
     Raises:
         ModelNotFoundError, CheckpointError, UnsupportedModelError, OptionError: as their names say.
-        DoesNotFitError: at the first call that needs more than the budgets.
+        DoesNotFitError: the budgets are too small for one token, or, at a call, for what it needs.
     """
 
     def __init__(
@@ -93,8 +100,7 @@ class StreamingEngine:
         self.stats.num_layers = self._architecture.num_layers
         self._runtime: Runtime | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._last_cache: TurboQuantCache | None = None
-        self._capacity: int | None = None
+        self._lock = threading.RLock()  # one generation at a time: its weights and gates are shared
         if context is not None and context > self.max_context:
             raise ContextLengthError(f"context {context} was asked for and the model was made for {self.max_context}")
         make_plan(self._architecture, self._request(1, 1, 1))  # options that can never fit are refused here
@@ -115,7 +121,7 @@ class StreamingEngine:
     def model(self) -> PreTrainedModel:
         """The transformers model: `engine.model.generate(...)` works as users know it, with a compressed cache."""
         if self._runtime is None:
-            self._ensure(self._context or min(self.max_context, DEFAULT_CONTEXT), 1, None)
+            self._ensure(self._context or min(self.max_context, DEFAULT_CONTEXT), 1)
         assert self._runtime is not None  # noqa: S101  _ensure sets it or raises
         return self._runtime.model
 
@@ -127,7 +133,7 @@ class StreamingEngine:
     @property
     def max_context(self) -> int:
         """Tokens that the model was made for."""
-        return int(getattr(self._config, "max_position_embeddings", None) or 1 << 30)
+        return model_context(self._config)
 
     # ------------------------------------------------------------- generation
     def generate(self, prompt: str, *, chat_template: bool = True, **options: Any) -> str:
@@ -164,7 +170,10 @@ class StreamingEngine:
         try:
             while (piece := pieces.get()) is not None:
                 if isinstance(piece, BaseException):
-                    raise piece
+                    try:
+                        raise piece
+                    finally:
+                        del piece  # its traceback refers to this frame, and holds the cache
                 yield piece
         finally:
             stopped.set()  # the caller may have left early
@@ -198,42 +207,40 @@ class StreamingEngine:
         stop: Callable[[], bool] | None = None,
     ) -> str:
         """The answer to token ids; on_text gets its pieces as they come, and stop() ends it early."""
-        new_tokens = self._checked_lengths(len(ids), max_new_tokens)
-        generation = generation_config(
-            self._own_generation_config(),
-            self.tokenizer,
-            new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-        )
-        runtime = self._ensure(len(ids) + new_tokens, 1, len(ids))
-        pieces = TextPieces(self.tokenizer)
-        sink = TokenSink(self.stats, pieces, on_text)
-        tokens = torch.tensor([list(ids)])
-        criteria = StoppingCriteriaList([StopWhen(stop)]) if stop is not None else None
-        self._capacity = len(ids) + new_tokens
-        moved = runtime.weights.bytes_moved
-        self.stats.start(len(ids))
-        try:
-            with seeded(seed, self._device):
-                cast(Any, runtime.model).generate(
-                    tokens.to(self._device),
-                    attention_mask=torch.ones_like(tokens).to(self._device),
-                    generation_config=generation,
-                    streamer=sink,
-                    stopping_criteria=criteria,
-                )
-        except BaseException:
-            runtime.abort()
-            raise
-        finally:
-            self.stats.bytes_moved = runtime.weights.bytes_moved - moved
-            self._capacity = None
-            text = pieces.finish()
-            if text and on_text is not None:
-                on_text(text)
-        return pieces.text
+        with self._lock:
+            new_tokens = self._checked_lengths(len(ids), max_new_tokens)
+            generation = generation_config(
+                self._own_generation_config(),
+                self.tokenizer,
+                new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+            )
+            runtime = self._ensure(len(ids) + new_tokens, 1)
+            pieces = TextPieces(self.tokenizer)
+            sink = TokenSink(self.stats, pieces, on_text)
+            tokens = torch.tensor([list(ids)])
+            criteria = StoppingCriteriaList([StopWhen(stop)]) if stop is not None else None
+            moved = runtime.weights.bytes_moved
+            runtime.caches.capacity_tokens = len(ids) + new_tokens
+            self.stats.start(len(ids))
+            try:
+                with seeded(seed), _current(self._device):
+                    cast(Any, runtime.model).generate(
+                        tokens.to(self._device),
+                        attention_mask=torch.ones_like(tokens).to(self._device),
+                        generation_config=generation,
+                        streamer=sink,
+                        stopping_criteria=criteria,
+                    )
+            finally:
+                self.stats.bytes_moved = runtime.weights.bytes_moved - moved
+                runtime.caches.capacity_tokens = None
+                text = pieces.finish()
+                if text and on_text is not None:
+                    on_text(text)
+            return pieces.text
 
     def _checked_lengths(self, prompt: int, new: int) -> int:
         if prompt == 0:
@@ -292,45 +299,38 @@ class StreamingEngine:
 
     def _free_vram(self) -> int:
         free, _ = torch.cuda.mem_get_info(self._device)
-        return int(free) + torch.cuda.memory_reserved(self._device) + CONTEXT_BYTES - _SPARE_VRAM_BYTES
+        idle = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        return int(free) + idle + CONTEXT_BYTES - _SPARE_VRAM_BYTES
 
-    def _ensure(self, context: int, batch: int, prompt: int | None) -> Runtime:
-        """A runtime with room for the request; the present one where it has."""
+    def _ensure(self, context: int, batch: int) -> Runtime:
+        """A runtime with room for `context` tokens of `batch` rows; the present one where it has."""
         if self._runtime is not None:
             planned = self._runtime.plan.request
-            if self._device.type == "cpu" or (
-                context <= planned.context and batch <= planned.batch and (prompt or context) <= planned.longest_prompt
-            ):
+            if self._device.type == "cpu" or (context <= planned.context and batch <= planned.batch):
                 return self._runtime
             self.stats.note("a longer context than planned: the model is laid out anew")
             self._close_runtime()
         architecture = self._architecture or self._read_architecture()
         biases = architecture.key_biases(self._checkpoint)
-        plan = make_plan(architecture, self._request(context, batch, prompt), key_bias_bytes=bytes_of(biases))
+        plan = self._plan(architecture, context, batch, bytes_of(biases))
         for line in plan.notes:
             self.stats.note(line)
         self._architecture = None  # its model is about to be changed in place
         has_cap = self._vram is not None
         self._runtime = build_runtime(
-            architecture, plan, biases, self._checkpoint, self._device, self.stats, self._make_cache, has_cap=has_cap
+            architecture, plan, biases, self._checkpoint, self._device, self.stats, has_cap=has_cap
         )
         return self._runtime
 
-    def _make_cache(self) -> TurboQuantCache:
-        assert self._runtime is not None  # noqa: S101  called from the runtime's model
-        cache = self._cache_settings
-        self._last_cache = TurboQuantCache(
-            self._runtime.architecture.config,
-            cache.bits,
-            key_bits=cache.key_bits,
-            value_bits=cache.value_bits,
-            protected_layers=cache.protected_layers,
-            window=cache.window,
-            sinks=cache.sinks,
-            capacity_tokens=self._capacity,
-            key_biases=self._runtime.key_biases,
-        )
-        return self._last_cache
+    def _plan(self, architecture: Architecture, context: int, batch: int, key_bias_bytes: int) -> Plan:
+        """A plan with room to spare for the next, longer prompt, or for just this one if no more fits."""
+        roomy = max(context, min(self.max_context, DEFAULT_CONTEXT))
+        try:
+            return make_plan(architecture, self._request(roomy, batch, None), key_bias_bytes=key_bias_bytes)
+        except DoesNotFitError:
+            if roomy == context or self._context is not None:
+                raise
+        return make_plan(architecture, self._request(context, batch, None), key_bias_bytes=key_bias_bytes)
 
     # ----------------------------------------------------------------- report
     def memory_report(self) -> MemoryReport:
@@ -344,17 +344,19 @@ class StreamingEngine:
         peak = None
         if self._device.type == "cuda":
             peak = torch.cuda.max_memory_reserved(self._device) + measured_context_bytes(self._device)
-        return build_report(self._runtime.architecture, self._runtime.plan, peak, self._last_cache)
+        caches = self._runtime.caches
+        return build_report(self._runtime.architecture, self._runtime.plan, peak, caches.last, caches.last_capacity)
 
     def close(self) -> None:
-        """Give back device and host memory; the engine can be used again."""
-        self._close_runtime()
+        """Give back device and host memory; the engine can be used again, a model taken from it before cannot."""
+        with self._lock:
+            self._close_runtime()
 
     def _close_runtime(self) -> None:
         if self._runtime is None:
             return
         self._runtime.close()
-        self._runtime = self._last_cache = None
+        self._runtime = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -397,7 +399,7 @@ def plan_report(
     folder = resolve_model(str(model), offline=offline, on_line=on_note).folder
     with Checkpoint.open(folder) as checkpoint:
         architecture = read_architecture(folder, checkpoint, dtype=run_dtype)
-    limit = getattr(architecture.decoder_config, "max_position_embeddings", None) or 1 << 30
+    limit = model_context(architecture.decoder_config)
     request = Request(
         context=context or min(limit, DEFAULT_CONTEXT),
         vram_bytes=vram_bytes,
@@ -437,3 +439,17 @@ def _device(name: str | None) -> torch.device:
             raise OptionError(f"device {name!r} was asked for and {count} CUDA devices were found: write --device cpu")
         return torch.device("cuda", device.index or 0)
     return device
+
+
+def model_context(config: PreTrainedConfig) -> int:
+    """Tokens that a model was made for: what its config says, stretched by YaRN where it says that."""
+    limit = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "yarn" and rope.get("original_max_position_embeddings") and rope.get("factor"):
+        return max(limit, int(rope["factor"] * rope["original_max_position_embeddings"]))
+    return limit
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Within this, `device` is the one that CUDA calls without a device mean."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -32,8 +32,14 @@ def generation_config(
     """
     config = GenerationConfig(**base.to_diff_dict())
     config.max_new_tokens, config.max_length = new_tokens, None
+    # a checkpoint may say otherwise (fine-tuning leaves use_cache false): here the engine's cache is the cache
+    config.use_cache, config.cache_implementation = True, None
     if temperature is not None and temperature < 0:
         raise OptionError(f"temperature must be 0 (greedy) or more; got {temperature}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise OptionError(f"top_p must be above 0 and at most 1; got {top_p}")
+    if top_k is not None and top_k < 1:
+        raise OptionError(f"top_k must be at least 1; got {top_k}")
     asked = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     if temperature == 0:
         if top_p is not None or top_k is not None:
@@ -57,12 +63,15 @@ def generation_config(
 
 
 @contextmanager
-def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+def seeded(seed: int | None) -> Iterator[None]:
     """Within this, random numbers follow the seed; the caller's own generators are left as they were."""
     if seed is None:
         yield
         return
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    if not 0 <= seed < 2**63:
+        raise OptionError(f"seed must be from 0 to 2**63 - 1; got {seed}")
+    # manual_seed seeds every device's generator
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
         torch.manual_seed(seed)
         yield
 

@@ -152,7 +152,9 @@ class StreamedLayer(nn.Module):
 
     def _chunks(self, call: dict[str, Any], tokens: int) -> list[tuple[int, int]]:
         size = self._settings.prefill_chunk
-        if tokens <= size or not self._settings.may_chunk:
+        cache = call.get("past_key_values", call.get("layer_past"))
+        # chunks of a prompt see each other through the cache only
+        if tokens <= size or not self._settings.may_chunk or not isinstance(cache, Cache):
             return [(0, tokens)]
         for name, value in call.items():
             if name == "hidden_states" or name in _TOKEN_AXIS or name in _NOT_PER_TOKEN:
@@ -318,9 +320,10 @@ def assemble(
     model = architecture.model
     for name, value in resident.items():
         _bind(model, name, value)
-    for name, buffer in model.named_buffers():
+    moved: dict[int, torch.Tensor] = {}  # a buffer that two modules share stays shared
+    for name, buffer in list(model.named_buffers(remove_duplicate=False)):
         owner, _, leaf = name.rpartition(".")
-        model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+        model.get_submodule(owner)._buffers[leaf] = moved.setdefault(id(buffer), buffer.to(device))
     index_of = {(unit.name, unit.rows): i for i, unit in enumerate(units)}
     layers = architecture.layer_modules
     for number, layer_units in enumerate(architecture.layers):
@@ -342,7 +345,9 @@ def assemble(
     _replace(model, embedding_name, StreamedEmbedding(embedding, table, device, settings))
     _replace(model, head_name, StreamedHead(head, architecture.head, weights, head_units))
     decoder = model.get_submodule(architecture.layer_path.rpartition(".")[0])
-    for child_name, child in list(decoder.named_children()):
+    children = list(decoder.named_children())
+    first_after = 1 + next(i for i, (_, child) in enumerate(children) if child is layers)
+    for child_name, child in children[first_after:]:
         if "norm" in type(child).__name__.lower():
             decoder._modules[child_name] = ChunkedNorm(child, settings)
     return model

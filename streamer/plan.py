@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from streamer.architecture import Architecture, Unit, aligned, head_slices
 from streamer.errors import DoesNotFitError
 from streamer.options import format_size
-from turboquant.hf import layer_shape, plain_cache_layers
+from turboquant.hf import FLOAT32_SCORE_BYTES, attention_of, layer_shape, plain_cache_layers
 from turboquant.policy import Precision, layer_precisions
 from turboquant.store import StoreOptions, store_bytes
 
@@ -331,10 +331,28 @@ def _activation_bytes(architecture: Architecture, request: Request, chunk: int) 
     # a layer's exact keys and values: a buffer for all chunks of the prompt, beside those of the chunk
     exact = batch * prompt * kv_width * item if prompt > chunk else 0
     coding = min(_CODING_TOKENS, request.context) * max(1, kv_width // 2) * 4 * _CODING_ARRAYS
-    is_compressed = request.cache.bits < 16 or (request.cache.key_bits or 16) < 16
+    widths = (request.cache.bits, request.cache.key_bits or 16, request.cache.value_bits or 16)
+    is_compressed = min(widths) < 16
+    # transformers' sliding layers keep a view of the whole last chunk until the next call
+    sliding = sum(
+        batch * shape.num_kv_heads * (shape.key_dim + shape.value_dim) * item * min(chunk, prompt)
+        for shape, layer in zip(shapes, plain_cache_layers(config), strict=True)
+        if isinstance(layer, DynamicSlidingWindowLayer)
+    )
+    # attention with softcap or learned sinks: float32 keys and values of a row, and a few arrays of scores
+    in_float32 = 0
+    if has_float32_attention(architecture):
+        in_float32 = 2 * request.context * kv_width * 4 + 4 * FLOAT32_SCORE_BYTES
     logits = batch * architecture.head.shape[0] * (item + 12)
-    peak_of_layer = max(in_norm, in_attention, in_mlp)
-    return of_prompt + exact + max(peak_of_layer, (coding if is_compressed else 0)) + logits
+    peak_of_layer = max(in_norm, in_attention + in_float32, in_mlp)
+    return of_prompt + exact + sliding + max(peak_of_layer, (coding if is_compressed else 0)) + logits
+
+
+def has_float32_attention(architecture: Architecture) -> bool:
+    """Whether attention scores are soft-capped or take learned sinks, which no fused kernel of torch does."""
+    config: Any = architecture.decoder_config
+    attention = attention_of(architecture.layer_modules[0])
+    return getattr(config, "attn_logit_softcapping", None) is not None or hasattr(attention, "sinks")
 
 
 def _inner_width(architecture: Architecture) -> int:

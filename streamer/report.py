@@ -1,6 +1,6 @@
 """MemoryReport: the plan and what was measured, side by side, as a table and as JSON."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich import box
@@ -92,23 +92,39 @@ class MemoryReport:
 
 
 def build_report(
-    architecture: Architecture, plan: Plan, device_peak_bytes: int | None, cache: TurboQuantCache | None
+    architecture: Architecture,
+    plan: Plan,
+    device_peak_bytes: int | None,
+    cache: TurboQuantCache | None,
+    cache_tokens: int | None = None,
 ) -> MemoryReport:
-    """The report of a plan, with what was measured where there is a measurement."""
+    """The report of a plan, with what was measured where there is a measurement.
+
+    Args:
+        device_peak_bytes: of the process, or None. cache: of the last generation, made for cache_tokens tokens a row
+            (its row then predicts that many, not the plan's context), or None.
+    """
+    request, settings = plan.request, plan.request.cache
+    kv_bytes, kv_tokens = plan.kv_bytes, request.context
     measured_kv = cache.nbytes if cache is not None else None
+    if cache is not None and cache_tokens is not None:
+        biases = sum(row.parts["bias"] for row in cache.report())
+        kv_tokens = cache_tokens
+        kv_bytes = cache_bytes(architecture, replace(request, context=kv_tokens)) + biases
     rows = tuple(
-        MemoryRow(term.name, term.where, term.nbytes, measured_kv if term.name == "KV cache" else None)
+        MemoryRow(term.name, term.where, kv_bytes, measured_kv)
+        if term.name == "KV cache"
+        else MemoryRow(term.name, term.where, term.nbytes, None)
         for term in plan.terms
     )
-    request, settings = plan.request, plan.request.cache
-    dense = type(request)(context=request.context, batch=request.batch, cache=CacheSettings(bits=16))
+    dense = replace(request, context=kv_tokens, cache=CacheSettings(bits=16))
     peak = None
     if request.vram_bytes is not None:
         peak = MemoryRow("peak of the process", "device", plan.device_bytes, device_peak_bytes)
     return MemoryReport(
         rows=rows,
         device_peak=peak,
-        kv_tokens=request.context,
+        kv_tokens=kv_tokens,
         kv_bits=(settings.key_bits or settings.bits, settings.value_bits or settings.bits),
         uncompressed_kv_bytes=cache_bytes(architecture, dense),
         layers_resident=plan.layers_resident,

@@ -1,20 +1,53 @@
 """Runtime: a model assembled for one plan, with the memory that it holds."""
 
-from collections.abc import Callable
+import weakref
 from dataclasses import dataclass
 from typing import cast
 
 import torch
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from streamer.architecture import Architecture, read_parameter
+from streamer.architecture import ABORT_PASS, Architecture, read_parameter
 from streamer.checkpoint import Checkpoint
 from streamer.model import RunSettings, StreamedLayer, assemble
-from streamer.plan import CONTEXT_BYTES, Plan
+from streamer.plan import CONTEXT_BYTES, CacheSettings, Plan
 from streamer.stats import RunStats
 from streamer.weights import DeviceWeights, MappedWeights, PinnedSource, StagedSource, UnitReader
 from turboquant import KeyBias
-from turboquant.hf import install_cache, remove_cache
+from turboquant.hf import TurboQuantCache, install_cache, remove_cache
+
+
+class CacheFactory:
+    """Makes the caches of a model, and remembers the last one for the report.
+
+    Attributes:
+        capacity_tokens: allocate the next cache for that many tokens; None grows in steps.
+        last: the cache made last, and last_capacity: its capacity.
+    """
+
+    def __init__(self, config: PreTrainedConfig, settings: CacheSettings, key_biases: list[KeyBias | None]):
+        self._config, self._settings, self._key_biases = config, settings, key_biases
+        self.capacity_tokens: int | None = None
+        self.last: TurboQuantCache | None = None
+        self.last_capacity: int | None = None
+
+    def make(self) -> TurboQuantCache:
+        """A new cache; the one before is let go of first."""
+        settings = self._settings
+        self.last = None
+        self.last_capacity = self.capacity_tokens
+        self.last = TurboQuantCache(
+            self._config,
+            settings.bits,
+            key_bits=settings.key_bits,
+            value_bits=settings.value_bits,
+            protected_layers=settings.protected_layers,
+            window=settings.window,
+            sinks=settings.sinks,
+            capacity_tokens=self.capacity_tokens,
+            key_biases=self._key_biases,
+        )
+        return self.last
 
 
 @dataclass
@@ -23,16 +56,17 @@ class Runtime:
 
     Attributes:
         plan, architecture: what it was made from. model: transformers' model, ready to generate.
-        weights: what its streamed modules wait for. key_biases: one or None per layer.
-        device: of computation.
+        weights: what its streamed modules wait for. caches: makes what generate uses.
+        device: of computation. has_cap: torch's allocator is held to the plan's budget.
     """
 
     plan: Plan
     architecture: Architecture
     model: PreTrainedModel
     weights: DeviceWeights | MappedWeights
-    key_biases: list[KeyBias | None]
+    caches: CacheFactory
     device: torch.device
+    has_cap: bool
 
     def abort(self) -> None:
         """After an error in mid-pass: every unit is where a new pass expects it."""
@@ -43,8 +77,10 @@ class Runtime:
     def close(self) -> None:
         """End copies and threads; device memory returns when the last reference to the model is dropped."""
         self.weights.close()
-        # refers to the model that it belongs to: without it, dropping the runtime frees the model at once
         remove_cache(self.model)
+        self.caches.last = None
+        if self.has_cap:
+            torch.cuda.set_per_process_memory_fraction(1.0, self.device)
 
 
 def build_runtime(
@@ -54,7 +90,6 @@ def build_runtime(
     checkpoint: Checkpoint,
     device: torch.device,
     stats: RunStats,
-    make_cache: Callable[[], Cache],
     *,
     has_cap: bool,
 ) -> Runtime:
@@ -62,10 +97,12 @@ def build_runtime(
 
     Args:
         architecture: its model is changed in place and belongs to the runtime from here on.
-        make_cache: called by generate when the user passes no cache.
         has_cap: hold torch's allocator to the plan's budget, less what the process takes beside it.
     """
-    if device.type == "cuda" and has_cap:
+    has_cap = has_cap and device.type == "cuda"
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    if has_cap:
         total = torch.cuda.get_device_properties(device).total_memory
         allowed = (plan.request.vram_bytes or total) - CONTEXT_BYTES
         torch.cuda.set_per_process_memory_fraction(max(0.0, min(1.0, allowed / total)), device)
@@ -79,12 +116,26 @@ def build_runtime(
         staged = StagedSource(reader)
         streamed = [i for i in range(len(plan.units)) if i not in plan.resident]
         source = PinnedSource(reader, streamed) if plan.host == "pinned" and streamed else staged
-        weights = DeviceWeights(plan.units, plan.resident, plan.ring_bytes, source, staged, device)
+        try:
+            weights = DeviceWeights(plan.units, plan.resident, plan.ring_bytes, source, staged, device)
+        except BaseException:
+            source.close()  # ends its readers, which have begun
+            raise
     resident = {p.name: read_parameter(p, checkpoint, architecture.model).to(device) for p in architecture.resident}
     settings = RunSettings(plan.prefill_chunk, architecture.uses_own_attention)
     model = assemble(architecture, plan.units, weights, resident, table, device, settings, stats)
-    install_cache(model, make_cache)
-    return Runtime(plan, architecture, model, weights, key_biases, device)
+    caches = CacheFactory(architecture.config, plan.request.cache, key_biases)
+    install_cache(model, caches.make)
+    runtime = Runtime(plan, architecture, model, weights, caches, device, has_cap)
+    abort = weakref.WeakMethod(runtime.abort)
+
+    def abort_pass() -> None:
+        method = abort()
+        if method is not None:
+            method()
+
+    model.__dict__[ABORT_PASS] = abort_pass
+    return runtime
 
 
 def measured_context_bytes(device: torch.device) -> int:

@@ -14,15 +14,21 @@ class TextPieces:
 
     Args:
         tokenizer: special tokens of it are left out of the text.
-    The pieces joined equal the whole answer decoded at once for tokenizers whose text of a token depends on at most
-    the six before it.
+    The pieces joined equal `text`, the whole answer decoded at once, for tokenizers whose text of a token depends on
+    at most the six before it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._start = self._shown = 0  # ids from _start on are decoded again; those before _shown have been given out
-        self.text = ""
+        # token counts at which all characters were complete: decoding may start there, and nowhere else, because a
+        # tokenizer that falls back to bytes gives no character of a run that it sees only in part
+        self._boundaries = [0]
+
+    @property
+    def text(self) -> str:
+        """All tokens so far, decoded at once."""
+        return self._decode(self._ids)
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -37,12 +43,13 @@ class TextPieces:
         return self._advance(is_end=True)
 
     def _advance(self, *, is_end: bool) -> str:
-        before = self._decode(self._ids[self._start : self._shown])
-        now = self._decode(self._ids[self._start :])
+        start, shown = self._boundaries[0], self._boundaries[-1]
+        before = self._decode(self._ids[start:shown])
+        now = self._decode(self._ids[start:])
         if not is_end and now.endswith(_BROKEN):
             return ""
-        piece = now[len(before) :]
-        self._shown = len(self._ids)
-        self._start = max(self._start, self._shown - _CONTEXT_TOKENS)
-        self.text += piece
-        return piece
+        if len(self._ids) > shown:
+            self._boundaries.append(len(self._ids))
+        while len(self._boundaries) > 1 and self._boundaries[1] <= len(self._ids) - _CONTEXT_TOKENS:
+            del self._boundaries[0]
+        return now[len(before) :]

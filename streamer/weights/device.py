@@ -4,7 +4,7 @@
     compute stream      |2.mlp|3.attn|    |3.mlp|4.attn|    |4.mlp|      each waits for its own copy
 
 All copies are issued by the thread that computes: when a unit is released, the next copies that now have room are
-queued. Nothing synchronises the device.
+queued. No copy or layer synchronises the device.
 """
 
 from collections.abc import Collection, Sequence
@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 import torch
 
 from streamer.architecture import Parameter, Unit
+from streamer.errors import StreamerError
 from streamer.weights.host import UnitSource
 from streamer.weights.schedule import schedule_ring
 
@@ -43,7 +44,8 @@ class DeviceWeights:
         held_bytes = sum(units[i].nbytes for i in sorted(resident))
         self.resident_bytes = torch.empty(held_bytes, dtype=torch.uint8, device=device)
         self.ring = torch.empty(ring_bytes if self._streamed else 0, dtype=torch.uint8, device=device)
-        self._schedule = schedule_ring([units[i].nbytes for i in self._streamed], self.ring.nbytes)
+        sizes, groups = [units[i].nbytes for i in self._streamed], [units[i].group for i in self._streamed]
+        self._schedule = schedule_ring(sizes, self.ring.nbytes, groups)
         self._slot = {unit: slot for slot, unit in enumerate(self._streamed)}
         self._places: list[torch.Tensor] = []
         at = 0
@@ -61,6 +63,8 @@ class DeviceWeights:
         self.bytes_moved = 0
         is_cuda = device.type == "cuda"
         self._copy_stream = torch.cuda.Stream(device) if is_cuda else None
+        if self._copy_stream is not None:  # the ring was allocated on the stream that computes
+            self._copy_stream.wait_stream(torch.cuda.current_stream(device))
         self._ready = [torch.cuda.Event() for _ in self._streamed] if is_cuda else []
         self._free = [torch.cuda.Event() for _ in self._streamed] if is_cuda else []
 
@@ -76,7 +80,13 @@ class DeviceWeights:
         return not self._resident[unit]
 
     def wait(self, unit: int) -> None:
-        """Let the compute stream wait until the unit's bytes have arrived; queue copies that are due."""
+        """Let the compute stream wait until the unit's bytes have arrived; queue copies that are due.
+
+        Raises:
+            StreamerError: the engine has been closed.
+        """
+        if not self._sources:
+            raise StreamerError("the engine of this model has been closed; ask it for its model again")
         if self._resident[unit]:
             if not self._loaded[unit]:
                 self._load_resident(unit)
@@ -147,5 +157,6 @@ class DeviceWeights:
             torch.cuda.synchronize(self._device)
         for source in self._sources.values():
             source.close()
+        self._sources = {}  # they refer to the model, whose gates refer to this
         self._places = []
         self.ring = self.resident_bytes = torch.empty(0, dtype=torch.uint8)

@@ -8,6 +8,7 @@ A source fills units in the order of a pass. Which source serves a run is the pl
 
 import logging
 import mmap
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
@@ -74,7 +75,8 @@ class PinnedSegment:
     """
 
     def __init__(self, nbytes: int):
-        self._map = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE))
+        # private: a shared anonymous map is shmem, which gets no huge pages
+        self._map = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             try:
                 self._map.madvise(mmap.MADV_HUGEPAGE)
@@ -93,14 +95,25 @@ class PinnedSegment:
         code = int(torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), len(self._map), 1))  # 1 = portable
         if code == 0:
             self._registered_bytes = len(self._map)
+            self._unpin = weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, self.tensor.data_ptr())
+        else:
+            _clear_cuda_error()
         return code == 0
 
     def close(self) -> None:
         """Unlock and unmap; views of the tensor must be gone."""
         if self._registered_bytes:
-            torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr())
+            self._unpin()
             self._registered_bytes = 0
         self.tensor = torch.empty(0, dtype=torch.uint8)
+
+
+def _clear_cuda_error() -> None:
+    """A refused call leaves its error for the next launch to report: let one report it here."""
+    try:
+        torch.zeros(1, device="cuda")
+    except RuntimeError as error:
+        logger.info("after a refused registration: %s", error)
 
 
 class PinnedSource:
@@ -206,7 +219,7 @@ class StagedSource:
                 slot = self._slots[index][: piece.numel()]
                 slot.copy_(piece)
                 target[offset + start : offset + start + piece.numel()].copy_(slot, non_blocking=True)
-                self._copied[index].record()
+                self._copied[index].record(torch.cuda.current_stream(target.device))
 
     def close(self) -> None:
         """Release the slots."""
@@ -251,4 +264,4 @@ class MappedWeights:
         """Nothing is under way."""
 
     def close(self) -> None:
-        """The checkpoint owns its maps."""
+        """The checkpoint owns its maps; the model may be used on, for they stay."""

@@ -65,3 +65,22 @@ def test_batch_and_single_agree_at_4_bits(model_type: str, random_checkpoint: Ca
             ids[row : row + 1, 7 * row :], max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=127
         )
         assert torch.equal(together[row, 7 * row :], alone[0]), row
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_oss", "qwen2"])
+def test_a_conversation_goes_on_in_the_same_cache(model_type: str, random_checkpoint: Callable[..., Path]) -> None:
+    """The second turn goes through the layers in chunks, behind tokens that are cached already."""
+    folder = random_checkpoint(model_type)
+    ids, mask = prompts(2, 40)
+    more = torch.randint(0, 120, (2, 33), generator=torch.Generator().manual_seed(9))
+    options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 127, "return_dict_in_generate": True}
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    engine = StreamingEngine(folder, bits=16, device="cpu", prefill_chunk=7)
+    answers = []
+    for model in (reference, engine.model):
+        first = model.generate(ids, attention_mask=mask, **options)
+        both = torch.cat([first.sequences, more], dim=1)
+        seen = torch.cat([mask, torch.ones(2, both.shape[1] - 40, dtype=mask.dtype)], dim=1)
+        second = model.generate(both, attention_mask=seen, past_key_values=first.past_key_values, **options)
+        answers.append(second.sequences)
+    assert torch.equal(*answers)

@@ -1,5 +1,7 @@
 """The ring without a GPU: on the CPU its copies are synchronous, so order, places and counts can be checked."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from streamer.architecture import read_architecture, read_parameter
 from streamer.checkpoint import Checkpoint
+from streamer.errors import StreamerError
 from streamer.model import RunSettings, assemble
 from streamer.plan import Plan, Request, make_plan
 from streamer.stats import RunStats
@@ -105,6 +108,41 @@ def test_waiting_for_a_unit_whose_place_is_taken_is_an_error_not_a_wrong_answer(
 
     with pytest.raises(RuntimeError, match="too small"):
         wait_for_all()
+
+
+@pytest.mark.parametrize("spare", range(14))
+def test_any_budget_reads_a_prompt_in_chunks(spare: int, random_checkpoint: Callable[..., Path]) -> None:
+    """Budgets that keep one part of a layer and stream the other: a layer's units must have places of their own."""
+    folder = random_checkpoint("llama", num_hidden_layers=6, intermediate_size=160)
+    architecture = read_architecture(folder, Checkpoint.open(folder))
+    least = make_plan(architecture, Request(128, vram_bytes=1 << 34, ram_bytes=1 << 34, resident_layers=0)).device_bytes
+    part = architecture.layer_bytes // 14
+    model, _, plan, _ = streamed(folder, vram_bytes=least + spare * part + part // 3, resident_layers=None)
+    ids = torch.randint(0, 120, (1, 30), generator=torch.Generator().manual_seed(0))
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert torch.equal(answer(model, ids), answer(reference, ids)), plan.resident
+
+
+def test_closing_frees_the_model_at_once(random_checkpoint: Callable[..., Path]) -> None:
+    """Not when the garbage collector comes by: a second layout would not fit beside the first."""
+    model, weights, _, source = streamed(random_checkpoint("llama"))
+    answer(model, torch.tensor([[1, 2, 3]]))
+    freed = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        weights.close()
+        del model, weights, source
+        assert freed() is None
+    finally:
+        gc.enable()
+
+
+def test_a_closed_models_weights_say_so(random_checkpoint: Callable[..., Path]) -> None:
+    model, weights, _, _ = streamed(random_checkpoint("llama"))
+    weights.close()
+    with pytest.raises(StreamerError, match="has been closed"):
+        model(input_ids=torch.tensor([[1]]))
 
 
 def test_after_abort_a_pass_starts_anew(random_checkpoint: Callable[..., Path]) -> None:

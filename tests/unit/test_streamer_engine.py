@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from streamer import ContextLengthError, OptionError, StreamingEngine
-from streamer.errors import DoesNotFitError
+from streamer.errors import DoesNotFitError, MissingTensorError
 from turboquant import OptionError as TurboQuantOptionError
 
 
@@ -56,6 +56,9 @@ def test_an_error_while_streaming_reaches_the_caller(engine: StreamingEngine) ->
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1; got 0"),
         ({"temperature": -1}, "temperature must be 0"),
         ({"temperature": 0, "top_p": 0.9}, "no effect at temperature 0"),
+        ({"top_p": 1.5}, "top_p must be above 0 and at most 1; got 1.5"),
+        ({"top_k": 0}, "top_k must be at least 1; got 0"),
+        ({"seed": 2**70}, "seed must be from 0"),
     ],
 )
 def test_bad_generation_options_are_named(options: dict[str, float], message: str, engine: StreamingEngine) -> None:
@@ -120,6 +123,57 @@ def test_the_report_predicts_the_caches_bytes_exactly(folder: Path) -> None:
             engine.generate("a" * 300, max_new_tokens=40, temperature=0)
             row = next(row for row in engine.memory_report().rows if row.name == "KV cache")
             assert row.measured_bytes == row.predicted_bytes
+
+
+def test_a_checkpoint_that_turns_the_cache_off_gets_one_all_the_same(random_checkpoint: Callable[..., Path]) -> None:
+    folder = random_checkpoint("llama", use_cache=False)
+    with StreamingEngine(folder, bits=3, device="cpu", prefill_chunk=7) as engine:
+        engine.generate("a" * 50, max_new_tokens=5, temperature=0)
+        assert next(row for row in engine.memory_report().rows if row.name == "KV cache").measured_bytes
+
+
+def test_an_error_in_the_models_own_generate_leaves_it_usable(folder: Path) -> None:
+    import torch
+
+    with StreamingEngine(folder, bits=16, device="cpu", prefill_chunk=4) as engine:
+        ids = torch.tensor([list(range(1, 20))])
+        options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 127}
+        wanted = engine.model.generate(ids, **options)
+
+        def fail(fraction: float) -> None:
+            raise RuntimeError("planted")
+
+        engine.stats.on_progress = fail
+        with pytest.raises(RuntimeError, match="planted"):
+            engine.model.generate(ids, **options)
+        engine.stats.on_progress = None
+        assert torch.equal(engine.model.generate(ids, **options), wanted)
+
+
+def test_an_incomplete_checkpoint_does_not_run_with_its_table_as_head(folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    copy = tmp_path / "no-head"
+    shutil.copytree(folder, copy)
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MissingTensorError, match=r"no lm_head.weight, and config.json says"):
+        StreamingEngine(copy, device="cpu")
+
+
+def test_a_longer_prompt_than_the_first_needs_no_new_layout(folder: Path) -> None:
+    with StreamingEngine(folder, bits=4, device="cpu") as engine:
+        engine.generate("a" * 10, max_new_tokens=2, temperature=0)
+        assert engine.plan is not None
+        assert engine.plan.request.context == 512
+        engine.generate("a" * 300, max_new_tokens=2, temperature=0)
+        report = engine.memory_report()
+        row = next(row for row in report.rows if row.name == "KV cache")
+        assert row.measured_bytes == row.predicted_bytes
+        assert report.kv_tokens == 302
 
 
 def test_an_empty_prompt_is_refused(engine: StreamingEngine) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Cache, DynamicCache
 
 from streamer import StreamingEngine, UnsupportedModelError
 from streamer.model import Gate, RunSettings, StreamedEmbedding, StreamedLayer
@@ -40,6 +40,17 @@ def test_all_logits_of_a_long_prompt_equal_the_references(
         torch.testing.assert_close(engine.model(input_ids=ids).logits, reference(input_ids=ids).logits)
 
 
+def test_without_a_cache_a_prompt_goes_through_whole(
+    engine: StreamingEngine, random_checkpoint: Callable[..., Path]
+) -> None:
+    """Chunks see each other through the cache only."""
+    reference = AutoModelForCausalLM.from_pretrained(random_checkpoint("llama"), dtype=torch.float32).eval()
+    ids = torch.randint(0, 120, (1, 45), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        got, wanted = (model(input_ids=ids, use_cache=False).logits for model in (engine.model, reference))
+    torch.testing.assert_close(got, wanted)
+
+
 def test_plain_generate_of_the_model_uses_the_engines_cache(random_checkpoint: Callable[..., Path]) -> None:
     engine = StreamingEngine(random_checkpoint("llama"), bits=3, device="cpu")
     out = engine.model.generate(
@@ -56,7 +67,9 @@ class _Layer(torch.nn.Module):
         self.part = torch.nn.Linear(4, 4, bias=False)
         self.skips = False
 
-    def forward(self, hidden_states: torch.Tensor, extra: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, past_key_values: Cache, extra: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return hidden_states * 2 if self.skips else self.part(hidden_states)
 
 
@@ -87,7 +100,7 @@ def test_a_part_is_waited_for_once_and_released_after_the_last_chunk() -> None:
     streamed, _, weights, _ = _streamed(chunk=3)
     x = torch.randn(1, 8, 4, generator=torch.Generator().manual_seed(0))
     whole = streamed._owned[0].part._owned[0](x)
-    torch.testing.assert_close(streamed(hidden_states=x.clone()), whole)
+    torch.testing.assert_close(streamed(hidden_states=x.clone(), past_key_values=DynamicCache()), whole)
     assert weights.calls == ["wait 5", "release 5"]
 
 
@@ -95,19 +108,19 @@ def test_a_part_that_is_never_called_is_an_error_not_a_wrong_answer() -> None:
     streamed, layer, _, _ = _streamed(chunk=3)
     layer.skips = True
     with pytest.raises(UnsupportedModelError, match="layer 0 did not call its part Linear"):
-        streamed(hidden_states=torch.zeros(1, 2, 4))
+        streamed(hidden_states=torch.zeros(1, 2, 4), past_key_values=DynamicCache())
 
 
 def test_a_part_that_is_called_twice_is_an_error_not_a_wrong_answer() -> None:
     _, layer, _, _ = _streamed(chunk=3)
-    layer(torch.zeros(1, 2, 4))
+    layer(torch.zeros(1, 2, 4), DynamicCache())
     with pytest.raises(UnsupportedModelError, match="calls its part Linear twice"):
-        layer(torch.zeros(1, 2, 4))
+        layer(torch.zeros(1, 2, 4), DynamicCache())
 
 
 def test_an_argument_that_cannot_be_split_sends_the_prompt_through_whole() -> None:
     streamed, _, _, stats = _streamed(chunk=3)
-    streamed(hidden_states=torch.zeros(1, 8, 4), extra=torch.zeros(8))
+    streamed(hidden_states=torch.zeros(1, 8, 4), past_key_values=DynamicCache(), extra=torch.zeros(8))
     assert stats.notes == ["layer argument extra cannot be split: prompts go through in one chunk"]
 
 
@@ -116,7 +129,7 @@ def test_a_first_layer_leaves_its_input_alone() -> None:
     streamed, _, _, _ = _streamed(chunk=3)
     x = torch.randn(1, 8, 4, generator=torch.Generator().manual_seed(0))
     before = x.clone()
-    streamed(hidden_states=x)
+    streamed(hidden_states=x, past_key_values=DynamicCache())
     assert torch.equal(x, before)
 
 

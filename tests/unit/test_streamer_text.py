@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from streamer.text import TextPieces
 
@@ -33,6 +34,18 @@ def test_an_answer_that_ends_inside_a_character_gives_what_there_is(demo_model: 
     pieces = TextPieces(tokenizer)
     assert pieces.add(ids[0]) == ""
     assert pieces.finish() == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_a_tokenizer_that_falls_back_to_bytes() -> None:
+    """Llama 2, Mistral, Gemma: a character outside the vocabulary is several byte tokens, joined on decoding."""
+    vocabulary = {"<unk>": 0, "Hello": 1, " world": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    model = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    model.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model)
+    ids = [1, *(3 + byte for byte in "🎉🎉🎉🎉".encode()), 2, 2, 2, 2, 2, 2, 2]
+    pieces = TextPieces(tokenizer)
+    got = [pieces.add(token) for token in ids]
+    assert "".join(got) + pieces.finish() == "Hello🎉🎉🎉🎉" + " world" * 7 == pieces.text
 
 
 def test_special_tokens_give_no_text(demo_model: Path) -> None:

@@ -11,11 +11,13 @@ from turboquant.hf.cache import (
     layer_shape,
     plain_cache_layers,
 )
+from turboquant.hf.dense import FLOAT32_SCORE_BYTES
 from turboquant.hf.key_bias import attention_of, decoder_layers, find_key_biases, key_bias_of, rotary_of
 from turboquant.hf.masks import CausalMask, turboquant_mask
 
 __all__ = [
     "ATTENTION_NAME",
+    "FLOAT32_SCORE_BYTES",
     "CausalMask",
     "CompressedLayer",
     "DenseLayer",

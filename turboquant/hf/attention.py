@@ -1,6 +1,7 @@
 """Our attention function and its mask function, and how transformers learns of them."""
 
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 
-from turboquant.errors import UnsupportedModelError
+from turboquant.errors import StateError, UnsupportedModelError
 from turboquant.hf.cache import ATTENTION_NAME, TurboQuantCache, _Handle
 from turboquant.hf.dense import dense_attention
 from turboquant.hf.masks import turboquant_mask
@@ -87,7 +88,15 @@ def wrap(model: PreTrainedModel, bits: int = 4, **options: Any) -> PreTrainedMod
         logger.warning(
             "%s takes no attention functions: its layers will be unpacked for each call", type(model).__name__
         )
-    install_cache(model, lambda: TurboQuantCache(model, bits, **options))
+    itself = weakref.ref(model)  # a model that refers to itself would wait for the garbage collector with its weights
+
+    def make() -> Cache:
+        present = itself()
+        if present is None:
+            raise StateError("the model of this cache no longer exists")
+        return TurboQuantCache(present, bits, **options)
+
+    install_cache(model, make)
     return model
 
 
@@ -105,7 +114,7 @@ class _CachePreparation:
     """Stands in for a model's `_prepare_cache_for_generation`."""
 
     def __init__(self, model: PreTrainedModel, make: Callable[[], Cache]):
-        self._model, self._make = model, make
+        self._model, self._make = weakref.ref(model), make
         self._plain: Any = type(model)._prepare_cache_for_generation  # type: ignore[attr-defined]  # untyped mix-in
 
     def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -119,4 +128,4 @@ class _CachePreparation:
             if getattr(generation_config, "is_assistant", False):
                 cache.activate_past_recording()  # its drafts will be taken back; generate marks only its own cache
             model_kwargs["past_key_values"] = cache
-        return self._plain(self._model, generation_config, model_kwargs, *args, **kwargs)
+        return self._plain(self._model(), generation_config, model_kwargs, *args, **kwargs)

@@ -12,8 +12,8 @@ from turboquant.errors import UnsupportedModelError
 from turboquant.hf.masks import CausalMask
 from turboquant.ops.attend import Segment, attend
 
-# Query rows of one block of the float32 path (softcap, learned sinks): bounds its scores to [H, 512, S].
-_QUERY_BLOCK = 512
+# One array of scores of the float32 path (softcap, learned sinks): queries go through it in blocks of that many bytes.
+FLOAT32_SCORE_BYTES = 64 << 20
 
 
 # cuDNN's attention builds and caches an execution plan for every new shape, and in decoding every step has a new
@@ -108,10 +108,11 @@ def _attend_in_float32(
     kv_heads, length = keys.shape[1:3]
     groups = heads // kv_heads
     out = q.new_empty(batch, heads, tokens, values.shape[-1])
+    block = max(1, FLOAT32_SCORE_BYTES // (4 * heads * length))
     for b in range(batch):
         row_keys, row_values = keys[b].float(), values[b].float()
-        for start in range(0, tokens, _QUERY_BLOCK):
-            part = q[b, :, start : start + _QUERY_BLOCK].float()
+        for start in range(0, tokens, block):
+            part = q[b, :, start : start + block].float()
             count = part.shape[1]
             visible = terms = logits = None
             if mask is None:
