@@ -154,3 +154,29 @@ def test_dense_attention_in_bfloat16_against_float64(tokens: int, length: int, g
     wanted = scores.masked_fill(future, float("-inf")).softmax(-1) @ wide_values
     error = (got.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
     assert error.max() < 1e-2  # bf16 keeps 8 bits of p and of the result: 2 ** -8 each, and their sums
+
+
+def test_a_refused_registration_leaves_the_device_usable() -> None:
+    from streamer.weights.host import PinnedSegment
+
+    segment = PinnedSegment(1 << 20)
+    assert segment.pin()
+    assert not segment.pin()  # registered already: the driver refuses
+    assert torch.ones(3, device="cuda").sum().item() == 3
+    segment.close()
+
+
+@pytest.mark.parametrize("spare", range(0, 14, 2))
+def test_partly_resident_layers_read_a_prompt_in_chunks(spare: int, random_checkpoint: Callable[..., Path]) -> None:
+    folder = random_checkpoint("llama", num_hidden_layers=6, intermediate_size=160)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda().eval()
+    with StreamingEngine(folder, bits=16, device="cuda", resident=0, context=128, prefill_chunk=7) as least:
+        assert least.model is not None
+        assert least.plan is not None
+        needs = least.plan.device_bytes
+        part = sum(unit.nbytes for unit in least.plan.units) // 14
+    ids = prompt(45)
+    with StreamingEngine(
+        folder, bits=16, device="cuda", vram=needs + spare * part + part // 3, context=128, prefill_chunk=7
+    ) as engine:
+        assert torch.equal(answer(engine.model, ids), answer(reference, ids))
