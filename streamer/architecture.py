@@ -6,8 +6,9 @@ transformers' own conversion mapping answers for all of them, here once, from na
 
 import copy
 import functools
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -40,6 +41,12 @@ ABORT_PASS = "_abort_pass"
 
 # A child of a layer with at least this share of its bytes is a unit of streaming; smaller ones (norms) stay resident.
 _UNIT_SHARE = 0.05
+
+
+def reason_of(error: BaseException) -> str:
+    """An error's message on one line, cut at 300 characters; its kind when it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)[:300] if lines else type(error).__name__
 
 
 def aligned(size_bytes: int) -> int:
@@ -268,9 +275,8 @@ def read_architecture(folder: Path, checkpoint: Checkpoint, *, dtype: str = "aut
 def _read_config(folder: Path) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UnsupportedModelError(f"{folder / 'config.json'} cannot be used: {reason}") from error
+    except Exception as error:
+        raise UnsupportedModelError(f"{folder / 'config.json'} cannot be used: {reason_of(error)}") from error
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
@@ -286,7 +292,7 @@ def _run_dtype(dtype: str, config: PreTrainedConfig, checkpoint: Checkpoint) -> 
         return getattr(torch, dtype)  # type: ignore[no-any-return]  # one of three names, checked by options
     stored = getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None)
     if isinstance(stored, str):
-        stored = getattr(torch, stored)
+        stored = getattr(torch, stored, stored)
     if stored is None:
         stored = next((e.dtype for e in checkpoint.tensors.values() if e.dtype.is_floating_point), torch.bfloat16)
     if stored not in (torch.bfloat16, torch.float16, torch.float32):
@@ -339,15 +345,26 @@ def _build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, notes: list[str
             f"{original.__name__} takes no attention function from outside: {attention} attention, prompts in one "
             "chunk, compressed layers unpacked for each call"
         )
-    with init_empty_weights(include_buffers=False):
-        model = streamed._from_config(config, dtype=dtype, attn_implementation=attention)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = streamed._from_config(config, dtype=dtype, attn_implementation=attention)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{original.__name__} cannot be built from its config.json: {reason_of(error)}"
+        ) from error
     model.eval()
     return model, attention
 
 
 def _generation_config(folder: Path, model: PreTrainedModel) -> GenerationConfig:
-    if (folder / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    path = folder / "generation_config.json"
+    if path.is_file():
+        try:
+            return GenerationConfig.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UnsupportedModelError(
+                f"{path} cannot be used: {reason_of(error)}. Mend it, or move it away."
+            ) from error
     return GenerationConfig.from_model_config(model.config)
 
 
@@ -387,6 +404,9 @@ def _map_parameters(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch
             found[target] = Parameter(
                 target, tuple(value.shape), _dtype_of(model, target, dtype), names, conversion, is_stored_as_run=False
             )
+    for name, source in getattr(model, "all_tied_weights_keys", {}).items():
+        if name not in found and source in found and name in wanted:
+            found[name] = replace(found[source], name=name)
     _check_complete(model, wanted, found, checkpoint)
     return {name: found[name] for name in wanted if name in found}
 
@@ -419,9 +439,26 @@ def _dtype_of(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dt
     return dtype
 
 
+def _check_layers(model: PreTrainedModel, found: Mapping[str, Parameter], checkpoint: Checkpoint) -> None:
+    """A checkpoint with more layers than its config would run without them, and say nothing sensible."""
+    used = {source for parameter in found.values() for source in parameter.sources}
+    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    for name in checkpoint.tensors:
+        number = re.search(r"\b(?:layers|h|blocks)\.(\d+)\.", name)
+        if name in used or number is None or int(number[1]) < count or any(p.search(name) for p in ignored):
+            continue
+        raise TensorMismatchError(
+            f"config.json says {count} layers, and the checkpoint has tensor {name}. Download the config.json that "
+            "belongs to this checkpoint.",
+            path=checkpoint.tensors[name].shard,
+        )
+
+
 def _check_complete(
     model: PreTrainedModel, wanted: Mapping[str, torch.Tensor], found: Mapping[str, Parameter], checkpoint: Checkpoint
 ) -> None:
+    _check_layers(model, found, checkpoint)
     head = model.get_output_embeddings()
     head_names = {name for name, module in model.named_modules() if module is head}
     missing = [

@@ -19,7 +19,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from streamer.architecture import Architecture, bytes_of, read_architecture
+from streamer.architecture import Architecture, bytes_of, read_architecture, reason_of
 from streamer.checkpoint import Checkpoint
 from streamer.errors import ContextLengthError, DoesNotFitError, OptionError, UnsupportedModelError
 from streamer.generation import StopWhen, TokenSink, generation_config, seeded
@@ -89,7 +89,7 @@ class StreamingEngine:
             raise OptionError("vram and resident are for a GPU; this run is on the CPU (use ram to limit host memory)")
         self._vram = parse_size(vram) if vram is not None else None
         self._ram = parse_size(ram) if ram is not None else None
-        self._dtype = parse_dtype(dtype)
+        self._dtype = parse_dtype(str(dtype).removeprefix("torch."))
         self._context, self._prefill_chunk, self._resident = context, prefill_chunk, resident
         self._cache_settings = CacheSettings(bits, key_bits, value_bits, tuple(protected_layers))
         resolved = resolve_model(str(model), offline=offline, on_line=self.stats.note)
@@ -112,9 +112,11 @@ class StreamingEngine:
         if self._tokenizer is None:
             try:
                 self._tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-            except (OSError, ValueError) as error:
-                reason = str(error).strip().splitlines()[0]
-                raise UnsupportedModelError(f"{self.folder} has no tokenizer that can be used: {reason}") from error
+            except Exception as error:
+                raise UnsupportedModelError(
+                    f"{self.folder} has no tokenizer that can be used: {reason_of(error)} "
+                    "Download the tokenizer files of this checkpoint again."
+                ) from error
         return self._tokenizer
 
     @property
@@ -181,6 +183,8 @@ class StreamingEngine:
 
     def encode(self, prompt: str, *, chat_template: bool = True) -> list[int]:
         """Token ids of a prompt, in the model's chat template when it has one and it is wanted."""
+        if not isinstance(prompt, str):
+            raise OptionError(f"a prompt is text; got {type(prompt).__name__}")
         if chat_template and self.tokenizer.chat_template:
             return self.encode_messages([{"role": "user", "content": prompt}])
         return list(cast(Any, self.tokenizer(prompt))["input_ids"])
@@ -189,9 +193,14 @@ class StreamingEngine:
         """Token ids of a conversation, ready for the model's answer."""
         if not self.tokenizer.chat_template:
             raise OptionError(f"{self.folder.name} has no chat template; use generate or run with a plain prompt")
-        encoded = self.tokenizer.apply_chat_template(
-            [dict(message) for message in messages], add_generation_prompt=True, return_dict=True
-        )
+        if not messages or not all(isinstance(message, Mapping) for message in messages):
+            raise OptionError('messages are a list such as [{"role": "user", "content": "..."}], not empty')
+        try:
+            encoded = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=True, return_dict=True
+            )
+        except Exception as error:
+            raise OptionError(f"the chat template of {self.folder} refuses the messages: {reason_of(error)}") from error
         return list(cast(Any, encoded)["input_ids"])
 
     def generate_ids(
@@ -221,6 +230,9 @@ class StreamingEngine:
             pieces = TextPieces(self.tokenizer)
             sink = TokenSink(self.stats, pieces, on_text)
             tokens = torch.tensor([list(ids)])
+            vocabulary = runtime.architecture.embedding.shape[0]
+            if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+                raise OptionError(f"token ids go from 0 to {vocabulary - 1}; got {tokens.min()} to {tokens.max()}")
             criteria = StoppingCriteriaList([StopWhen(stop)]) if stop is not None else None
             moved = runtime.weights.bytes_moved
             runtime.caches.capacity_tokens = len(ids) + new_tokens

@@ -1,5 +1,6 @@
 """One generation: sampling options as transformers takes them, token ids as text, an early end, a seed."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,7 +35,8 @@ def generation_config(
     config.max_new_tokens, config.max_length = new_tokens, None
     # a checkpoint may say otherwise (fine-tuning leaves use_cache false): here the engine's cache is the cache
     config.use_cache, config.cache_implementation = True, None
-    if temperature is not None and temperature < 0:
+    config.num_beams = config.num_return_sequences = 1  # an answer is read as it comes: beams would rewrite it
+    if temperature is not None and not (math.isfinite(temperature) and temperature >= 0):
         raise OptionError(f"temperature must be 0 (greedy) or more; got {temperature}")
     if top_p is not None and not 0 < top_p <= 1:
         raise OptionError(f"top_p must be above 0 and at most 1; got {top_p}")

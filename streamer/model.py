@@ -95,6 +95,10 @@ class StreamedLayer(nn.Module):
         self._owned = (layer,)
         self._index, self._gates, self._settings, self._stats = index, tuple(gates), settings, stats
         self._signature = inspect.signature(layer.forward)
+        if "hidden_states" not in self._signature.parameters:
+            raise UnsupportedModelError(
+                f"{type(layer).__name__} takes no hidden_states: layers of this model cannot be streamed"
+            )
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -154,7 +158,15 @@ class StreamedLayer(nn.Module):
         size = self._settings.prefill_chunk
         cache = call.get("past_key_values", call.get("layer_past"))
         # chunks of a prompt see each other through the cache only
-        if tokens <= size or not self._settings.may_chunk or not isinstance(cache, Cache):
+        if tokens <= size or not self._settings.may_chunk or not isinstance(cache, Cache) or cache.is_compileable:
+            return [(0, tokens)]
+        mask = call.get("attention_mask")
+        is_full = mask is None or (isinstance(mask, CausalMask) and mask.sliding_window is None)
+        if is_full and any(cache.is_sliding[self._index : self._index + 1]):
+            self._stats.note(
+                "the config states a sliding window that the model's attention does not use: prompts go through in "
+                "one chunk"
+            )
             return [(0, tokens)]
         for name, value in call.items():
             if name == "hidden_states" or name in _TOKEN_AXIS or name in _NOT_PER_TOKEN:
@@ -230,6 +242,10 @@ class StreamedEmbedding(nn.Module):
         self._owned = (embedding, table)
         self._device, self._settings = device, settings
         embedding.padding_idx = None  # type: ignore[assignment]  # matters to gradients only, and counts table rows
+        # no values: for code that asks the model, or this table, for its device and dtype
+        self.weight = nn.Parameter(
+            torch.empty(0, table.shape[1], dtype=table.dtype, device=device), requires_grad=False
+        )
         self.embedding_dim = table.shape[1]
         self.num_embeddings = table.shape[0]
 

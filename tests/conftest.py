@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from random_models import RANDOM_MODELS, VOCAB_SIZE
+from random_models import MORE_RANDOM_MODELS, RANDOM_MODELS, VOCAB_SIZE
 
 from streamer.options import cache_dir
 
@@ -82,7 +82,7 @@ def _write_random_checkpoint(
 
     # No end-of-sequence token: a random model would choose it at random, and generations would differ in length.
     special = {"pad_token_id": VOCAB_SIZE - 1, "eos_token_id": None, "bos_token_id": None}
-    config = AutoConfig.for_model(model_type, **(RANDOM_MODELS[model_type] | special | changes))
+    config = AutoConfig.for_model(model_type, **((RANDOM_MODELS | MORE_RANDOM_MODELS)[model_type] | special | changes))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -44,3 +44,29 @@ RANDOM_MODELS: dict[str, dict[str, Any]] = {
     | {"head_dim": 16, "sliding_window": 16, "num_hidden_layers": 4, "layer_types": _ALTERNATING}
     | {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
+
+_GATED = _COMMON | {"head_dim": 16}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_SLIDING = {"head_dim": 16, "num_hidden_layers": 4, "sliding_window": 16, "layer_types": _ALTERNATING}
+
+# Families whose answers are compared at 16 bits only.
+MORE_RANDOM_MODELS: dict[str, dict[str, Any]] = {
+    "bloom": {"hidden_size": 64, "n_layer": 3, "n_head": 4, "vocab_size": VOCAB_SIZE},
+    "cohere2": _COMMON | _SLIDING,
+    "exaone4": _COMMON | _SLIDING,
+    "falcon": {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": VOCAB_SIZE},
+    "gemma": _GATED,
+    "glm4": _GATED | {"partial_rotary_factor": 0.5},
+    "gptj": _GPT | {"rotary_dim": 8},
+    "granite": _COMMON | {"attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 3.0},
+    "llama4_text": _GATED
+    | {"num_hidden_layers": 4, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 96}
+    | {"attention_chunk_size": 16, "interleave_moe_layer_step": 2, "no_rope_layers": [1, 1, 1, 0]},
+    "nanochat": _COMMON,  # its norms have no weights
+    "nemotron": _GATED,
+    "olmo": _COMMON,  # likewise
+    "olmo3": _COMMON | _SLIDING,
+    "qwen2_moe": _COMMON | _EXPERTS | {"shared_expert_intermediate_size": 32},
+    "seed_oss": _GATED,
+    "smollm3": _COMMON | {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]},
+}

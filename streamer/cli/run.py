@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     help="Draw from the likeliest tokens with this total probability.  [default: the model's own]",
 )
 @click.option("--top-k", type=click.IntRange(min=1), help="Draw from this many tokens.  [default: the model's own]")
-@click.option("--seed", type=click.IntRange(min=0), help="Makes a drawn answer repeatable.")
+@click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), help="Makes a drawn answer repeatable.")
 @engine_options
 @click.option("--no-chat-template", is_flag=True, help="Give the model the bare prompt.")
 @click.option(
@@ -87,7 +87,7 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
         text, source = prompt, "the argument"
     elif prompt_file is not None:
         text, source = _decoded(prompt_file.read_bytes(), str(prompt_file)), str(prompt_file)
-    elif not sys.stdin.isatty():
+    elif sys.stdin is not None and not sys.stdin.isatty():
         text, source = _decoded(sys.stdin.buffer.read(), "standard input"), "standard input"
     else:
         raise click.UsageError("no prompt: give PROMPT, --prompt-file FILE, or text on standard input")

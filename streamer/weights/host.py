@@ -113,7 +113,7 @@ def _clear_cuda_error() -> None:
     try:
         torch.zeros(1, device="cuda")
     except RuntimeError as error:
-        logger.info("after a refused registration: %s", error)
+        logger.debug("after a refused registration: %s", error)
 
 
 class PinnedSource:

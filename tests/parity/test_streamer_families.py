@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_models import RANDOM_MODELS
+from random_models import MORE_RANDOM_MODELS, RANDOM_MODELS
 from transformers import AutoModelForCausalLM
 
 from streamer import StreamingEngine
@@ -84,3 +84,41 @@ def test_a_conversation_goes_on_in_the_same_cache(model_type: str, random_checkp
         second = model.generate(both, attention_mask=seen, past_key_values=first.past_key_values, **options)
         answers.append(second.sequences)
     assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("model_type", MORE_RANDOM_MODELS)
+def test_more_families_alone_and_in_a_padded_batch(model_type: str, random_checkpoint: Callable[..., Path]) -> None:
+    folder = random_checkpoint(model_type)
+    engine = StreamingEngine(folder, bits=16, device="cpu", prefill_chunk=7)
+    for batch in (1, 3):
+        ids, mask = prompts(batch, 45)
+        got = engine.model.generate(
+            ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=127
+        )
+        assert torch.equal(got, reference(folder, ids, mask)), batch
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_a_window_that_the_model_does_not_use(model_type: str, random_checkpoint: Callable[..., Path]) -> None:
+    """Left over in a converted config; transformers' cache keeps it, so its answer is the one to give."""
+    folder = random_checkpoint(model_type, sliding_window=16)
+    ids, mask = prompts(1, 45)
+    engine = StreamingEngine(folder, bits=16, device="cpu", prefill_chunk=7)
+    got = engine.model.generate(ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=127)
+    assert torch.equal(got, reference(folder, ids, mask))
+
+
+def test_a_static_cache_of_the_users(random_checkpoint: Callable[..., Path]) -> None:
+    folder = random_checkpoint("llama")
+    ids, mask = prompts(1, 45)
+    engine = StreamingEngine(folder, bits=16, device="cpu", prefill_chunk=7)
+    got = engine.model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=127,
+        cache_implementation="static",
+        disable_compile=True,
+    )
+    assert torch.equal(got, reference(folder, ids, mask))

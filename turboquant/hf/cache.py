@@ -525,6 +525,10 @@ def plain_cache_layers(config: PreTrainedConfig) -> list[Any]:
             f"{config.model_type} uses multi-head latent attention (kv_lora_rank {config.kv_lora_rank}), whose cache "
             "cannot be compressed yet; use transformers' own cache"
         )
+    if getattr(config, "num_attention_heads", None) is None and getattr(config, "per_layer_config", None) is None:
+        raise UnsupportedModelError(
+            f"{config.model_type} states no attention heads; its state cannot be kept in this cache"
+        )
     layers = list(DynamicCache(config=config).layers)
     if not layers:
         raise UnsupportedModelError(f"{config.model_type} states no layers; a decoder's config is needed")
@@ -544,8 +548,8 @@ def plain_cache_layers(config: PreTrainedConfig) -> list[Any]:
 
 def layer_shape(config: PreTrainedConfig, layer: int) -> LayerShape:
     """KV heads and head widths of one layer, from the config (never from hidden_size / heads when stated)."""
-    per_layer = getattr(config, "per_layer_config", None)
-    own = per_layer[layer] if isinstance(per_layer, (list, tuple)) and layer < len(per_layer) else config
+    per_layer: Any = getattr(config, "per_layer_config", None)
+    own: Any = config if per_layer is None else list(per_layer)[layer]
     heads = own.num_attention_heads
     head_dim = getattr(own, "head_dim", None) or own.hidden_size // heads
     kv_heads = getattr(own, "num_key_value_heads", None) or heads

@@ -96,7 +96,9 @@ def turboquant_mask(
     chunk = getattr(config, "attention_chunk_size", None)
     is_causal = mask_function is causal_mask_function
     is_sliding = local_size is not None and local_size == window and local_size != chunk
-    if use_vmap or not allow_is_causal_skip or not (is_causal or is_sliding):
+    # a static cache has slots behind the newest token: keys do not end where the queries do
+    has_empty_slots = bool(kv_offset + kv_length > q_offset + q_length)
+    if use_vmap or not allow_is_causal_skip or has_empty_slots or not (is_causal or is_sliding):
         return sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
