@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import re
+import select
 import shutil
 import socket
 import struct
@@ -419,7 +420,10 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
 
         def written() -> str:
             stream.flush()
-            return (source.read(1 << 16) or b"").decode()
+            read = b""
+            while select.select([source], [], [], 0.5)[0]:  # a terminal passes on what is written a little later
+                read += source.read(1 << 16) or b""
+            return read.decode()
 
         yield written
 
