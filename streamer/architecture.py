@@ -275,7 +275,7 @@ def read_architecture(folder: Path, checkpoint: Checkpoint, *, dtype: str = "aut
 def _read_config(folder: Path) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
+    except Exception as error:  # a config that lies makes transformers raise anything
         raise UnsupportedModelError(f"{folder / 'config.json'} cannot be used: {reason_of(error)}") from error
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
@@ -348,7 +348,7 @@ def _build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, notes: list[str
     try:
         with init_empty_weights(include_buffers=False):
             model = streamed._from_config(config, dtype=dtype, attn_implementation=attention)
-    except Exception as error:
+    except Exception as error:  # a config that lies makes the model's own code raise anything
         raise UnsupportedModelError(
             f"{original.__name__} cannot be built from its config.json: {reason_of(error)}"
         ) from error
@@ -470,7 +470,7 @@ def _check_complete(
         raise MissingTensorError(
             f"the checkpoint lacks {len(missing)} of the {len(wanted)} tensors that {type(model).__name__} needs, "
             f"first {missing[0]}. Download the checkpoint again, or the config.json that belongs to it.",
-            path=next(iter(checkpoint.tensors.values())).shard.parent,
+            path=checkpoint.folder,
         )
 
 
@@ -493,13 +493,13 @@ def _ends(
             raise MissingTensorError(
                 f"the checkpoint has no {head_name}, and config.json says that the embedding table does not stand in "
                 "for it (tie_word_embeddings is false). Download the checkpoint again.",
-                path=next(iter(checkpoint.tensors.values())).shard.parent,
+                path=checkpoint.folder,
             )
         if tuple(meta.shape) != embedding.shape:
             raise MissingTensorError(
                 f"the checkpoint has no {head_name}, and the embedding table of shape {list(embedding.shape)} cannot "
                 f"stand in for it ({list(meta.shape)}). Download the checkpoint again.",
-                path=next(iter(checkpoint.tensors.values())).shard.parent,
+                path=checkpoint.folder,
             )
         head = Parameter(
             head_name, embedding.shape, embedding.dtype, embedding.sources, None, embedding.is_stored_as_run

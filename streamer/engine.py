@@ -103,7 +103,7 @@ class StreamingEngine:
         self._lock = threading.RLock()  # one generation at a time: its weights and gates are shared
         if context is not None and context > self.max_context:
             raise ContextLengthError(f"context {context} was asked for and the model was made for {self.max_context}")
-        make_plan(self._architecture, self._request(1, 1, 1))  # options that can never fit are refused here
+        make_plan(self._architecture, self._request(1, 1))  # options that can never fit are refused here
 
     # ------------------------------------------------------------- properties
     @property
@@ -112,7 +112,7 @@ class StreamingEngine:
         if self._tokenizer is None:
             try:
                 self._tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-            except Exception as error:
+            except Exception as error:  # a damaged tokenizer file makes transformers raise anything
                 raise UnsupportedModelError(
                     f"{self.folder} has no tokenizer that can be used: {reason_of(error)} "
                     "Download the tokenizer files of this checkpoint again."
@@ -199,7 +199,7 @@ class StreamingEngine:
             encoded = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages], add_generation_prompt=True, return_dict=True
             )
-        except Exception as error:
+        except Exception as error:  # a template is a program of the checkpoint's: it may raise anything
             raise OptionError(f"the chat template of {self.folder} refuses the messages: {reason_of(error)}") from error
         return list(cast(Any, encoded)["input_ids"])
 
@@ -290,7 +290,7 @@ class StreamingEngine:
             self.stats.note(line)
         return architecture
 
-    def _request(self, context: int, batch: int, prompt: int | None) -> Request:
+    def _request(self, context: int, batch: int) -> Request:
         vram = None
         if self._device.type == "cuda":
             vram = self._vram if self._vram is not None else self._free_vram()
@@ -301,7 +301,6 @@ class StreamingEngine:
         return Request(
             context=self._context or context,
             batch=batch,
-            prompt=prompt if self._context is None else None,
             vram_bytes=vram,
             ram_bytes=ram,
             resident_layers=self._resident,
@@ -338,11 +337,11 @@ class StreamingEngine:
         """A plan with room to spare for the next, longer prompt, or for just this one if no more fits."""
         roomy = max(context, min(self.max_context, DEFAULT_CONTEXT))
         try:
-            return make_plan(architecture, self._request(roomy, batch, None), key_bias_bytes=key_bias_bytes)
+            return make_plan(architecture, self._request(roomy, batch), key_bias_bytes=key_bias_bytes)
         except DoesNotFitError:
             if roomy == context or self._context is not None:
                 raise
-        return make_plan(architecture, self._request(context, batch, None), key_bias_bytes=key_bias_bytes)
+        return make_plan(architecture, self._request(context, batch), key_bias_bytes=key_bias_bytes)
 
     # ----------------------------------------------------------------- report
     def memory_report(self) -> MemoryReport:
@@ -351,7 +350,7 @@ class StreamingEngine:
             architecture = self._architecture or self._read_architecture()
             context = self._context or min(self.max_context, DEFAULT_CONTEXT)
             biases = architecture.key_biases(None)
-            plan = make_plan(architecture, self._request(context, 1, None), key_bias_bytes=bytes_of(biases))
+            plan = make_plan(architecture, self._request(context, 1), key_bias_bytes=bytes_of(biases))
             return build_report(architecture, plan, None, None)
         peak = None
         if self._device.type == "cuda":

@@ -117,7 +117,7 @@ class StreamedLayer(nn.Module):
             return out
         for gate in self._gates:
             gate.use.is_last = False
-        cache = call.get("past_key_values", call.get("layer_past"))
+        cache = _cache_of(call)
         # in place: rows of a chunk that has been read are not needed again; but the model may keep the embedding
         out = torch.empty_like(hidden) if self._index == 0 else hidden
         try:
@@ -156,7 +156,7 @@ class StreamedLayer(nn.Module):
 
     def _chunks(self, call: dict[str, Any], tokens: int) -> list[tuple[int, int]]:
         size = self._settings.prefill_chunk
-        cache = call.get("past_key_values", call.get("layer_past"))
+        cache = _cache_of(call)
         # chunks of a prompt see each other through the cache only
         if tokens <= size or not self._settings.may_chunk or not isinstance(cache, Cache) or cache.is_compileable:
             return [(0, tokens)]
@@ -202,6 +202,11 @@ def _prompt(cache: Any, index: int, tokens: int) -> Iterator[None]:
         if isinstance(layer, CompressedLayer):
             stack.enter_context(layer.prompt(tokens))
         yield
+
+
+def _cache_of(call: dict[str, Any]) -> Any:
+    """The cache among a layer's arguments, under the name that the family gives it."""
+    return call.get("past_key_values", call.get("layer_past"))
 
 
 def _cached_tokens(cache: Any, index: int) -> int:

@@ -121,9 +121,11 @@ def build_runtime(
         except BaseException:
             source.close()  # ends its readers, which have begun
             raise
-    resident = {p.name: read_parameter(p, checkpoint, architecture.model).to(device) for p in architecture.resident}
-    settings = RunSettings(plan.prefill_chunk, architecture.uses_own_attention)
-    model = assemble(architecture, plan.units, weights, resident, table, device, settings, stats)
+    try:
+        model = _assembled(architecture, plan, weights, table, checkpoint, device, stats)
+    except BaseException:
+        weights.close()
+        raise
     caches = CacheFactory(architecture.config, plan.request.cache, key_biases)
     install_cache(model, caches.make)
     runtime = Runtime(plan, architecture, model, weights, caches, device, has_cap)
@@ -136,6 +138,20 @@ def build_runtime(
 
     model.__dict__[ABORT_PASS] = abort_pass
     return runtime
+
+
+def _assembled(
+    architecture: Architecture,
+    plan: Plan,
+    weights: DeviceWeights | MappedWeights,
+    table: torch.Tensor,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    stats: RunStats,
+) -> PreTrainedModel:
+    resident = {p.name: read_parameter(p, checkpoint, architecture.model).to(device) for p in architecture.resident}
+    settings = RunSettings(plan.prefill_chunk, architecture.uses_own_attention)
+    return assemble(architecture, plan.units, weights, resident, table, device, settings, stats)
 
 
 def measured_context_bytes(device: torch.device) -> int:

@@ -12,7 +12,8 @@ from streamer.architecture import Architecture, aligned, head_slices, read_archi
 from streamer.checkpoint import Checkpoint
 from streamer.errors import DoesNotFitError
 from streamer.options import GIB
-from streamer.plan import CacheSettings, Plan, Request, cache_bytes, make_plan
+from streamer.plan import STAGING_BYTES, CacheSettings, Plan, Request, cache_bytes, make_plan
+from streamer.weights import StagedSource
 
 RAM = 200 * GIB
 
@@ -138,3 +139,7 @@ def test_head_slices_cover_every_row_once(qwen_14b: Architecture) -> None:
         assert rows[0][0] == 0
         assert rows[-1][1] == 152064
         assert all(a[1] == b[0] for a, b in itertools.pairwise(rows))
+
+
+def test_the_staging_slots_take_what_the_plan_counts() -> None:
+    assert STAGING_BYTES == StagedSource.SLOTS * StagedSource.SLOT_BYTES

@@ -549,7 +549,7 @@ def plain_cache_layers(config: PreTrainedConfig) -> list[Any]:
 def layer_shape(config: PreTrainedConfig, layer: int) -> LayerShape:
     """KV heads and head widths of one layer, from the config (never from hidden_size / heads when stated)."""
     per_layer: Any = getattr(config, "per_layer_config", None)
-    own: Any = config if per_layer is None else list(per_layer)[layer]
+    own: Any = config if per_layer is None else per_layer[layer]
     heads = own.num_attention_heads
     head_dim = getattr(own, "head_dim", None) or own.hidden_size // heads
     kv_heads = getattr(own, "num_key_value_heads", None) or heads
