@@ -2,14 +2,16 @@
 """Decode and prefill speed of a streamed model beside accelerate and resident transformers, on the GPU, in one run.
 
 scripts/bench_stream.py FOLDER --vram 8GiB --out rows.json                    all runners, one process each
-scripts/bench_stream.py FOLDER --runner streamed --vram 8GiB --bits 3         one of them
+scripts/bench_stream.py FOLDER --runners streamed --vram 8GiB --bits 3        one of them
+scripts/bench_stream.py FOLDER --runners resident --prompt 512,8192           one process, a row for each prompt
+scripts/bench_stream.py FOLDER --runners streamed --beside rows.json          ratios to rows measured before
 
 Each runner is a process of its own under a hard cap of its memory (torch's allocator gets the budget less the CUDA
-context), and device memory is watched through the driver's own counter. --out keeps the rows as JSON.
+context), and device memory is watched through the driver's own counter. Baselines that move weights make 8 tokens, the
+others --new. --out keeps the rows, ratios included, as JSON for scripts/write_benchmarks.py.
 """
 
 import argparse
-import itertools
 import json
 import os
 import statistics
@@ -18,10 +20,20 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-RUNNERS = ("streamed", "cpu_offload", "auto", "resident")
+RUNNERS = ("resident", "streamed", "cpu_offload", "auto")  # resident first: the others' logits are held to its own
+
+_BASELINE_TOKENS = 8  # of baselines that take up to 5 s a token
+_LOGITS_TOKENS = 8
+
+# Resident logits are compared with those of eager attention up to this prompt: its scores take T x T memory.
+_EAGER_TOKENS = 2048
+
+# What a reader's rate alone is measured over: more than a disk's own cache.
+_READER_BYTES = 8 << 30
 
 
 def used_bytes() -> int:
@@ -52,64 +64,27 @@ class PeakWatcher:
         return self.peak_bytes
 
 
-def link_bytes_per_s() -> float:
-    """Median rate of eight page-locked copies of 256 MiB to the device."""
-    import torch
-
-    host = torch.empty(256 << 20, dtype=torch.uint8, pin_memory=True)
-    device = torch.empty_like(host, device="cuda")
-    rates = []
-    for _ in range(9):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        device.copy_(host, non_blocking=True)
-        stop.record()
-        stop.synchronize()
-        rates.append(host.nbytes / start.elapsed_time(stop) * 1e3)
-    return statistics.median(rates[1:])
-
-
 def prompt_ids(length: int) -> Any:
-    """Random token ids [1, length]."""
-    import torch
+    """Random token ids [1, length], on the CPU."""
+    from streamer.benchmark import random_ids
 
-    return torch.randint(0, 150000, (1, length), generator=torch.Generator().manual_seed(1))
+    return random_ids(150000, length)
 
 
-def timed_generate(model: Any, ids: Any, new_tokens: int) -> dict[str, float]:
-    """Seconds to the first token (median of three), and the times between later ones: median and percentiles."""
-    import torch
-    from transformers.generation.streamers import BaseStreamer
+def first_token_s(model: Any, ids: Any) -> float:
+    """Median of three times to the first token."""
+    from streamer.benchmark import timed_generate
 
-    class Clock(BaseStreamer):
-        def __init__(self) -> None:
-            self.times = list[float]()
+    return statistics.median(timed_generate(model, ids, 1).first_token_s for _ in range(3))
 
-        def put(self, value: Any) -> None:
-            self.times.append(time.perf_counter())
 
-        def end(self) -> None:
-            """Nothing to end."""
-
-    def run(count: int) -> tuple[float, list[float]]:
-        clock = Clock()
-        start = time.perf_counter()
-        model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0, streamer=clock)
-        torch.cuda.synchronize()
-        tokens = clock.times[1:]  # the first put is the prompt
-        return tokens[0] - start, [b - a for a, b in itertools.pairwise(tokens)]
-
-    with torch.inference_mode():
-        run(2)
-        first = statistics.median(run(1)[0] for _ in range(3))
-        _, steps = run(1 + new_tokens)
-    steps.sort()
+def decode_row(timing: Any) -> dict[str, Any]:
+    """Tokens per second of a Timing: median and percentiles."""
     return {
-        "first_token_s": first,
-        "tokens_per_s": 1 / statistics.median(steps),
-        "tokens_per_s_p20": 1 / steps[int(0.8 * len(steps))],
-        "tokens_per_s_p80": 1 / steps[int(0.2 * len(steps))],
-        "new_tokens": new_tokens,
+        "tokens_per_s": timing.tokens_per_s,
+        "tokens_per_s_p20": timing.tokens_per_s_p20,
+        "tokens_per_s_p80": timing.tokens_per_s_p80,
+        "new_tokens": len(timing.step_s),
     }
 
 
@@ -126,52 +101,73 @@ def logits_of(model: Any, ids: Any, new_ids: Any) -> Any:
     return torch.stack(rows)
 
 
-def run_streamed(args: argparse.Namespace, watcher: PeakWatcher) -> dict[str, Any]:
+def run_streamed(args: argparse.Namespace, watcher: PeakWatcher) -> Iterator[dict[str, Any]]:
+    """One row: the first of --prompt."""
     import torch
 
     from streamer import StreamingEngine
+    from streamer.benchmark import settle, timed_generate
     from streamer.engine import measured_context_bytes
+    from streamer.forecast import Machine, predict
+    from streamer.rates import disk_bytes_read, link_rate
 
+    prompt = args.prompt[0]
+    read_once_s = None
+    if args.evict:
+        evict(args.folder)
+        read_once_s = read_all(args.folder)
+        evict(args.folder)
     start = time.perf_counter()
     engine = StreamingEngine(
         args.folder,
         bits=args.bits,
         vram=args.vram,
+        ram=args.ram,
         resident=args.resident,
-        context=args.prompt + args.new + 16,
+        context=args.context or prompt + args.new + 16,
+        direct_io=args.direct_io,
         device="cuda",
     )
-    model = engine.model
-    ids = prompt_ids(args.prompt).cuda()
-    first_run = time.perf_counter()
-    with torch.inference_mode():
-        model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
-    torch.cuda.synchronize()
-    cold_s = time.perf_counter() - first_run
-    setup_s = first_run - start
-    times = timed_generate(model, ids, args.new)
-    plan = engine.plan
+    model, plan = engine.model, engine.plan
     weights = engine._runtime.weights
+    setup_s = time.perf_counter() - start
+    ids = prompt_ids(prompt).cuda()
+    cold_s = timed_generate(model, ids, 1).first_token_s
+    settling = time.perf_counter()
+    settle(model, ids, weights)
+    settling_s = time.perf_counter() - settling
     moved = weights.bytes_moved
-    with torch.inference_mode():
-        model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
-    prompt_bytes = weights.bytes_moved - moved
+    first_s = first_token_s(model, ids)
+    prompt_bytes = (weights.bytes_moved - moved) / 3
+    blocked_s, from_disk = getattr(weights, "blocked_s", None), disk_bytes_read()
+    timing = timed_generate(model, ids, 1 + args.new)
+    passes = 1 + args.new  # the prompt is one
     row = {
         "setup_s": setup_s,
         "cold_first_token_s": cold_s,
-        **times,
+        "read_once_s": read_once_s,
+        "settling_s": settling_s,
+        "first_token_s": first_s,
+        **decode_row(timing),
         "streamed_bytes": plan.streamed_bytes,
+        "staged_bytes": plan.staged_bytes,
         "prompt_bytes": prompt_bytes,
+        "blocked_s": weights.blocked_s - blocked_s if blocked_s is not None else None,
+        "disk_bytes_per_pass": (disk_bytes_read() - from_disk) / passes if from_disk is not None else None,
+        "host": plan.host,
+        "uses_direct_io": plan.direct_io,
         "layers_resident": plan.layers_resident,
         "prefill_chunk": plan.prefill_chunk,
         "predicted_peak_bytes": plan.device_bytes,
+        "predicted_host_bytes": plan.bytes_at("host"),
         "terms": {term.name: term.nbytes for term in plan.terms},
         "allocator_peak_bytes": torch.cuda.max_memory_reserved(),
         "allocated_peak_bytes": torch.cuda.max_memory_allocated(),
         "context_bytes": measured_context_bytes(torch.device("cuda")),
+        "engine_link_bytes_per_s": engine.link_bytes_per_s,
     }
-    if args.logits and Path(args.logits).is_file():
-        saved = torch.load(args.logits)
+    if args.logits and logits_path(args, prompt).is_file():
+        saved = torch.load(logits_path(args, prompt))
         mine = logits_of(model, ids, saved["new_ids"].cuda())
         theirs = saved["logits"]
         row["logits_max_difference"] = (mine - theirs).abs().max().item()
@@ -179,19 +175,55 @@ def run_streamed(args: argparse.Namespace, watcher: PeakWatcher) -> dict[str, An
         row["logits_std"] = theirs.std().item()
         row["same_top1"] = (mine.argmax(-1) == theirs.argmax(-1)).float().mean().item()
     row["process_peak_bytes"] = watcher.stop()
-    del model
+    del model, weights
     engine.close()
     torch.cuda.set_per_process_memory_fraction(1.0)
-    row["link_bytes_per_s"] = link_bytes_per_s() if args.measure_link else None
-    return row
+    row["link_bytes_per_s"] = link_rate(torch.device("cuda"))
+    row["reader_bytes_per_s"] = reader_rate(args.folder, plan) if plan.staged_bytes else None
+    limit = predict(plan, Machine(row["link_bytes_per_s"], row["reader_bytes_per_s"]))
+    row["limit_tokens_per_s"] = limit.tokens_per_s
+    row["share_of_limit"] = row["tokens_per_s"] / limit.tokens_per_s if limit.tokens_per_s else None
+    yield row
 
 
-def run_transformers(args: argparse.Namespace, watcher: PeakWatcher) -> dict[str, Any]:
+def evict(folder: str) -> None:
+    """Ask the system to drop the checkpoint's pages from its page cache."""
+    for path in Path(folder).glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # pages that are not on the disk yet cannot be dropped
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_all(folder: str) -> float:
+    """Seconds to read every tensor of the checkpoint once, as the readers do."""
+    from streamer.checkpoint import Checkpoint
+    from streamer.rates import read_rate
+    from streamer.weights.host import reader_threads
+
+    with Checkpoint.open(Path(folder)) as checkpoint:
+        rate = read_rate(checkpoint, direct=False, threads=reader_threads(), max_bytes=1 << 62)
+        return checkpoint.total_bytes / rate
+
+
+def reader_rate(folder: str, plan: Any) -> float:
+    """Bytes per second of the readers that a staged plan uses, run alone."""
+    from streamer.checkpoint import Checkpoint
+    from streamer.rates import read_rate
+    from streamer.weights.host import reader_threads
+
+    with Checkpoint.open(Path(folder)) as checkpoint:
+        return read_rate(checkpoint, direct=plan.direct_io, threads=reader_threads(), max_bytes=_READER_BYTES)
+
+
+def run_transformers(args: argparse.Namespace, watcher: PeakWatcher) -> Iterator[dict[str, Any]]:
+    """A row for each of --prompt."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    from streamer.benchmark import timed_generate
     from streamer.options import parse_size
     from streamer.plan import CONTEXT_BYTES
+    from streamer.rates import link_rate
 
     if args.vram and args.runner != "resident":
         total = torch.cuda.get_device_properties(0).total_memory
@@ -211,22 +243,41 @@ def run_transformers(args: argparse.Namespace, watcher: PeakWatcher) -> dict[str
         cpu_offload(model, execution_device=0)
     model.eval()
     setup_s = time.perf_counter() - start
-    ids = prompt_ids(args.prompt).cuda()
-    times = timed_generate(model, ids, args.new if args.runner == "resident" else min(args.new, 8))
-    row = {
-        "setup_s": setup_s,
-        **times,
-        "allocator_peak_bytes": torch.cuda.max_memory_reserved(),
-    }
-    if args.runner == "resident" and args.logits:
-        new_ids = prompt_ids(8)
-        logits = logits_of(model, ids, new_ids.cuda())
-        torch.save({"logits": logits, "new_ids": new_ids}, args.logits)
-        # the same weights with another attention kernel: what bf16 itself leaves undecided
-        model.set_attn_implementation("eager")
-        other = logits_of(model, ids, new_ids.cuda())
-        row["own_relative_error"] = ((other - logits).norm() / logits.norm()).item()
-    return row
+    for prompt in args.prompt:
+        ids = prompt_ids(prompt).cuda()
+        timed_generate(model, ids, 1)  # the first call makes handles and plans
+        # a generation of a baseline that moves its weights takes up to a minute: one gives both figures
+        timing = timed_generate(model, ids, 1 + (args.new if args.runner == "resident" else _BASELINE_TOKENS))
+        first_s = first_token_s(model, ids) if args.runner == "resident" else timing.first_token_s
+        row = {
+            "setup_s": setup_s,
+            "first_token_s": first_s,
+            **decode_row(timing),
+            "allocator_peak_bytes": torch.cuda.max_memory_reserved(),
+            "prompt": prompt,
+        }
+        if args.runner == "resident" and args.logits and prompt <= _EAGER_TOKENS:
+            new_ids = prompt_ids(_LOGITS_TOKENS)
+            logits = logits_of(model, ids, new_ids.cuda())
+            torch.save({"logits": logits, "new_ids": new_ids}, logits_path(args, prompt))
+            # the same weights with another attention kernel: what bf16 itself leaves undecided
+            attention = model.config._attn_implementation
+            model.set_attn_implementation("eager")
+            other = logits_of(model, ids, new_ids.cuda())
+            model.set_attn_implementation(attention)
+            row["own_relative_error"] = ((other - logits).norm() / logits.norm()).item()
+        if prompt == args.prompt[-1]:
+            row["process_peak_bytes"] = watcher.stop()
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        else:
+            row["process_peak_bytes"] = watcher.peak_bytes
+        row["link_bytes_per_s"] = link_rate(torch.device("cuda"))
+        yield row
+
+
+def logits_path(args: argparse.Namespace, prompt: int) -> Path:
+    """Where the resident run leaves its logits for the streamed one."""
+    return Path(args.logits) / f"logits-{prompt}.pt"
 
 
 def versions() -> dict[str, str]:
@@ -253,60 +304,150 @@ def versions() -> dict[str, str]:
 
 
 def run_one(args: argparse.Namespace) -> None:
-    """One runner, in this process; its row is the last line of stdout."""
+    """One runner, in this process; each of its rows is a line of stdout."""
+    from streamer.benchmark import HostPeak
+
     watcher = PeakWatcher()
-    row = (run_streamed if args.runner == "streamed" else run_transformers)(args, watcher)
-    row.setdefault("process_peak_bytes", watcher.stop())
-    row |= {
+    is_ours = args.runner == "streamed"
+    settings = {
         "runner": args.runner,
         "model": Path(args.folder).name,
-        "prompt": args.prompt,
-        "bits": args.bits,
-        "vram": args.vram,
+        "prompt": args.prompt[0],
+        # what a baseline does not know is not said of it
+        "vram": args.vram if args.runner != "resident" else None,
+        "bits": args.bits if is_ours else None,
+        "resident": args.resident if is_ours else None,
+        "ram": args.ram if is_ours else None,
+        "direct_io": args.direct_io if is_ours else None,
+        "evict": args.evict if is_ours else None,
+        "versions": versions(),
     }
-    row["versions"] = versions()
-    print("ROW " + json.dumps(row))
+    with HostPeak() as host:
+        for row in (run_streamed if is_ours else run_transformers)(args, watcher):
+            print("ROW " + json.dumps(settings | row | {"host_peak_bytes": host.peak_bytes}), flush=True)
 
 
 def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every runner in a process of its own; resident first, for its logits are what the streamed ones are held to."""
-    rows = []
+    """Every runner in a process of its own, then the ratios; the rows made here."""
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for runner in ("resident", "streamed", "cpu_offload", "auto"):
+        for runner in RUNNERS:
             if runner not in args.runners.split(","):
                 continue
-            command = [sys.executable, __file__, args.folder, "--runner", runner, "--vram", args.vram]
-            command += ["--prompt", str(args.prompt), "--new", str(args.new), "--bits", str(args.bits)]
-            if args.resident is not None:
-                command += ["--resident", str(args.resident)]
-            command += ["--logits", str(Path(folder) / "logits.pt"), "--measure-link"]
-            done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
-            lines = [line for line in done.stdout.splitlines() if line.startswith("ROW ")]
-            if done.returncode or not lines:
+            done = subprocess.run(command_of(args, runner, folder), capture_output=True, text=True, env=os.environ)
+            made = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("ROW ")]
+            if done.returncode or not made:
                 print(f"{runner} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}", file=sys.stderr)
-                continue
-            rows.append(json.loads(lines[-1][4:]))
-            print_row(rows[-1])
+            for row in made:
+                rows.append(row | {"commit": args.commit or current_commit()})
+                print_row(row)
+    earlier = [row for path in args.beside for row in json.loads(Path(path).read_text(encoding="utf-8"))]
+    for row in rows:
+        if row["runner"] == "streamed":
+            row["ratios"] = ratios(row, [*rows, *earlier])
+            print_ratios(row)
     return rows
+
+
+def command_of(args: argparse.Namespace, runner: str, folder: str) -> list[str]:
+    """The command that runs one runner with the same settings."""
+    command = [sys.executable, __file__, args.folder, "--runner", runner, "--vram", args.vram, "--logits", folder]
+    command += ["--prompt", ",".join(map(str, args.prompt)), "--new", str(args.new), "--bits", str(args.bits)]
+    for name in ("resident", "ram", "context"):
+        if getattr(args, name) is not None:
+            command += [f"--{name}", str(getattr(args, name))]
+    if args.evict:
+        command.append("--evict")
+    if args.direct_io is not None:
+        command.append("--direct-io" if args.direct_io else "--no-direct-io")
+    return command
+
+
+def current_commit() -> str:
+    """The commit measured, with -dirty behind it when files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip() or "unknown"
+
+
+def ratios(row: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Our speed over that of each baseline of the same model, prompt and GPU, and over what it must reach.
+
+    Returns:
+        cpu_offload, auto (same budget), resident: tokens per second over theirs, greater is better.
+        possible: tokens per second over the smaller of the link's (and readers') limit and resident's.
+        first_token: our time to it over the larger of one sweep over the link and resident's, smaller is better.
+    """
+    found: dict[str, float] = {}
+    baselines = {}
+    for other in others:
+        if all(other[key] == row[key] for key in ("model", "prompt")) and other["versions"] == row["versions"]:
+            if other["runner"] == "auto" and other["vram"] != row["vram"]:
+                continue
+            baselines.setdefault(other["runner"], other)
+    for name in ("cpu_offload", "auto", "resident"):
+        if name in baselines:
+            found[name] = row["tokens_per_s"] / baselines[name]["tokens_per_s"]
+    resident = baselines.get("resident")
+    if resident is not None:
+        limit = row["limit_tokens_per_s"]
+        rate = min(limit, resident["tokens_per_s"]) if limit is not None else resident["tokens_per_s"]
+        found["possible"] = row["tokens_per_s"] / rate
+        sweep_s = row["streamed_bytes"] / row["link_bytes_per_s"]
+        found["first_token"] = row["first_token_s"] / max(sweep_s, resident["first_token_s"])
+    return found
+
+
+def print_ratios(row: dict[str, Any]) -> None:
+    """A line for each ratio of a streamed row."""
+    names = {
+        "cpu_offload": "streamed / cpu_offload",
+        "auto": "streamed / auto",
+        "resident": "streamed / resident",
+        "possible": "streamed / min(limit, resident)",
+        "first_token": "first token / max(sweep, resident's)",
+    }
+    for name, ratio in row["ratios"].items():
+        print(f"  {names[name]:40}{ratio:8.2f}", flush=True)
 
 
 def print_row(row: dict[str, Any]) -> None:
     """The figures of a row that people compare."""
     gb = 1e9
     line = (
-        f"{row['runner']:12} first {row['first_token_s']:.2f} s, {row['tokens_per_s']:.2f} tok/s, "
-        f"process peak {row['process_peak_bytes'] / gb:.2f} GB"
+        f"{row['runner']:12} prompt {row['prompt']}, first {row['first_token_s']:.2f} s, "
+        f"{row['tokens_per_s']:.2f} tok/s, process peak {row['process_peak_bytes'] / gb:.2f} GB"
     )
+    if row["host_peak_bytes"] is not None:
+        line += f", host {row['host_peak_bytes'] / gb:.2f}"
+    line += f", link {row['link_bytes_per_s'] / gb:.1f} GB/s"
     if "own_relative_error" in row:
         line += f"; its own logits with eager attention differ by {row['own_relative_error']:.4f} relative"
     if row["runner"] == "streamed":
-        limit = row["link_bytes_per_s"] / max(row["streamed_bytes"], 1)
         line += (
             f" (predicted {row['predicted_peak_bytes'] / gb:.2f}), context {row['context_bytes'] / gb:.2f}, "
-            f"{row['layers_resident']} layers resident, {row['streamed_bytes'] / gb:.2f} GB a pass at "
-            f"{row['link_bytes_per_s'] / gb:.1f} GB/s: {100 * row['tokens_per_s'] / limit:.1f} % of the link, "
-            f"prompt moved {row['prompt_bytes'] / gb:.2f} GB, cold first token {row['cold_first_token_s']:.1f} s"
+            f"{row['layers_resident']} layers resident, {row['host']}, {row['streamed_bytes'] / gb:.2f} GB a pass"
         )
+        if row["share_of_limit"] is not None:
+            line += f": {100 * row['share_of_limit']:.1f} % of the limit of {row['limit_tokens_per_s']:.2f} tok/s"
+        line += f"; prompt moved {row['prompt_bytes'] / gb:.2f} GB"
+        line += f", cold first token {row['setup_s']:.1f} + {row['cold_first_token_s']:.1f} s"
+        if row["settling_s"] > 1:
+            line += f", {row['settling_s']:.0f} s until host memory was filled"
+        if row["read_once_s"] is not None:
+            cold_s = row["setup_s"] + row["cold_first_token_s"]
+            line += (
+                f", from the disk: {cold_s / row['read_once_s']:.2f} times {row['read_once_s']:.1f} s to read it once"
+            )
+        if row["staged_bytes"]:
+            line += (
+                f"; {row['staged_bytes'] / gb:.2f} GB a pass from the files, whose readers alone reach "
+                f"{row['reader_bytes_per_s'] / gb:.2f} GB/s"
+            )
+            if row["disk_bytes_per_pass"] is not None:
+                line += f", {row['disk_bytes_per_pass'] / gb:.2f} GB of it from the disk"
+        if row["blocked_s"] is not None:
+            line += f"; waited {row['blocked_s']:.2f} s for readers"
         if "logits_relative_error" in row:
             line += f"; logits off by {row['logits_relative_error']:.4f} relative, top-1 same {row['same_top1']:.2f}"
     print(line, flush=True)
@@ -315,23 +456,35 @@ def print_row(row: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
-    parser.add_argument("--runner", choices=RUNNERS)
-    parser.add_argument("--runners", default=",".join(RUNNERS))
-    parser.add_argument("--vram", default="8GiB")
-    parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--new", type=int, default=16)
+    parser.add_argument("--runner", choices=RUNNERS, help="run this one here, and print its rows as JSON")
+    parser.add_argument("--runners", default=",".join(RUNNERS), help="of them, with commas between")
+    parser.add_argument("--vram", default="8GiB", help="budget and hard cap of each runner but resident")
+    parser.add_argument("--ram", help="host memory for weights, streamed runner")
+    parser.add_argument("--context", type=int, help="of the streamed runner; default: prompt and new tokens")
+    parser.add_argument(
+        "--prompt", default="512", help="tokens; several, with commas between, for transformers' runners"
+    )
+    parser.add_argument("--new", type=int, default=64, help="tokens timed; baselines that move weights time 8")
     parser.add_argument("--bits", type=int, default=16)
     parser.add_argument("--resident", type=int)
-    parser.add_argument("--logits", default="")
-    parser.add_argument("--measure-link", action="store_true")
+    parser.add_argument("--direct-io", action=argparse.BooleanOptionalAction, help="read around the page cache")
+    parser.add_argument("--evict", action="store_true", help="start with no byte of the files in the page cache")
+    parser.add_argument("--logits", default="", help="folder through which resident hands its logits on")
+    parser.add_argument("--beside", action="append", default=[], help="rows of earlier runs to form ratios with")
+    parser.add_argument("--commit", default="", help="written into the rows; default: what git says")
     parser.add_argument("--out")
     args = parser.parse_args()
+    args.prompt = [int(tokens) for tokens in args.prompt.split(",")]
+    if len(args.prompt) > 1 and "streamed" in (args.runner or args.runners).split(","):
+        parser.error("the streamed runner takes one --prompt: its memory is planned for it")
     if args.runner:
         run_one(args)
         return
     rows = run_all(args)
     if args.out:
         Path(args.out).write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    if len(rows) < len(args.prompt) * len(args.runners.split(",")):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

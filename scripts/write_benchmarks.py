@@ -1,68 +1,119 @@
 #!/usr/bin/env python3
-"""Rows measured by the benchmarks -> the tables of docs/benchmarks.md, between their markers.
+"""Rows measured by the benchmarks -> docs/benchmarks.json, which keeps the latest of each kind, and the tables of
+docs/benchmarks.md, between their markers, made from all that it holds.
 
-scripts/write_benchmarks.py rows/*.json
+scripts/write_benchmarks.py rows/*.json    adds rows, or replaces those of the same settings
+scripts/write_benchmarks.py                writes the tables again
 """
 
 import argparse
 import json
 import re
-import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+
+# Settings that make two rows the same measurement: the later one counts.
+KEY = ("model", "runner", "vram", "prompt", "bits", "resident", "ram", "direct_io", "evict")
+
 HEAD = (
-    "| model | runner | budget | prompt | first token | decode tok/s (p20 to p80) | a pass | share of the link | "
-    "process peak (predicted) |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    "| model | runner | budget | prompt | first token | decode tok/s (p20 to p80) | a pass | share of the limit | "
+    "process peak (predicted) | times the speed of | commit |\n" + "| --- " * 11 + "|"
 )
+
+
+def merged(kept: Iterable[dict[str, Any]], measured: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All rows, of two with the same settings the measured one, in the order of the table.
+
+    Args:
+        kept: rows of earlier runs. measured: rows of this one, later ones last.
+    """
+    rows = {tuple(row.get(name) for name in KEY): row for row in (*kept, *measured)}
+    return sorted(rows.values(), key=order)
+
+
+def order(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Models by size of their name's number, prompts, then ours before the baselines, small budgets first."""
+    runners = ("streamed", "cpu_offload", "auto", "resident")
+    number = re.search(r"([\d.]+)b\b", row["model"])
+    budget = re.match(r"[\d.]+", row.get("vram") or "")
+    return (
+        float(number[1]) if number else 0.0,
+        row["model"],
+        row["prompt"],
+        runners.index(row["runner"]),
+        float(budget[0]) if budget else 0.0,
+        *(str(row.get(name)) for name in KEY),
+    )
 
 
 def stream_row(row: dict[str, Any]) -> str:
     """One line of the streaming table."""
     gb = 1e9
     is_ours = row["runner"] == "streamed"
-    name = f"tq-stream, {row['bits']}-bit cache, {row['layers_resident']} layers resident" if is_ours else row["runner"]
+    name = row["runner"]
     rate = f"{row['tokens_per_s']:.2f} ({row['tokens_per_s_p20']:.2f} to {row['tokens_per_s_p80']:.2f})"
     peak = f"{row['process_peak_bytes'] / gb:.2f} GB"
+    first = f"{row['first_token_s']:.2f} s"
     a_pass = share = ""
     if is_ours:
+        name = f"tq-stream, {row['bits']}-bit cache, {row['layers_resident']} layers resident"
+        name += f", --ram {row['ram']}" if row.get("ram") else ""
         peak += f" ({row['predicted_peak_bytes'] / gb:.2f})"
         a_pass = f"{row['streamed_bytes'] / gb:.2f} GB"
-        if row["streamed_bytes"]:
-            limit = row["link_bytes_per_s"] / row["streamed_bytes"]
-            share = f"{100 * row['tokens_per_s'] / limit:.0f} % of {row['link_bytes_per_s'] / gb:.1f} GB/s"
-    budget = "" if row["runner"] == "resident" else row["vram"]
-    cells = [row["model"], name, budget, str(row["prompt"]), f"{row['first_token_s']:.2f} s", rate, a_pass, share, peak]
+        if row.get("staged_bytes"):
+            a_pass += f", {row['staged_bytes'] / gb:.2f} from the files"
+        if row["share_of_limit"] is not None:
+            share = f"{100 * row['share_of_limit']:.0f} % of {row['limit_tokens_per_s']:.2f} tok/s"
+    baselines = ("cpu_offload", "auto", "resident")
+    if row.get("read_once_s"):
+        cold = row["setup_s"] + row["cold_first_token_s"]
+        first += f"; cold, from the disk {cold:.1f} s, {cold / row['read_once_s']:.2f} times to read it once"
+    if "first_token" in row.get("ratios", {}):
+        first += f", {row['ratios']['first_token']:.2f} times the least"
+    times = [f"{other} {row['ratios'][other]:.2f}" for other in baselines if other in row.get("ratios", {})]
+    cells = [row["model"], name, row.get("vram") or "", str(row["prompt"]), first]
+    cells += [rate, a_pass, share, peak, ", ".join(times), row["commit"]]
     return "| " + " | ".join(cells) + " |"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """What stands between the markers: what each commit's rows were measured with, then the rows."""
+    machines: dict[str, list[str]] = {}
+    for row in rows:
+        used = row["versions"]
+        packages = ", ".join(f"{name} {used[name]}" for name in ("torch", "transformers", "accelerate", "triton"))
+        commits = machines.setdefault(f"{used['gpu']}, driver {used['driver']}, {packages}", [])
+        if row["commit"] not in commits:
+            commits.append(row["commit"])
+    lines = [f"{machine} (commit {', '.join(commits)})." for machine, commits in machines.items()]
+    return "\n\n".join([*lines, "Random weights of the named shapes.", "\n".join([HEAD, *map(stream_row, rows)])])
+
+
+def page(text: str, rows: list[dict[str, Any]]) -> str:
+    """The page's text with the table of these rows."""
+    block = f"<!-- stream: begin -->\n{table(rows)}\n<!-- stream: end -->"
+    return re.sub(r"<!-- stream: begin -->.*<!-- stream: end -->", lambda _: block, text, flags=re.DOTALL)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument("--commit", default="")
+    parser.add_argument("files", nargs="*", type=Path)
+    parser.add_argument("--commit", default="", help="of rows that name none, or that git could not name")
     args = parser.parse_args()
-    rows = [row for path in sorted(args.files) for row in json.loads(path.read_text(encoding="utf-8"))]
-    streams = [row for row in rows if "first_token_s" in row]
-    if not streams:
-        return
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=PAGE.parent)
-    commit = args.commit or done.stdout.strip() or "unknown"
-    used = streams[0]["versions"]
-    lines = [
-        f"{used['gpu']}, driver {used['driver']}, "
-        + ", ".join(f"{name} {used[name]}" for name in ("torch", "transformers", "accelerate", "triton"))
-        + f"; commit {commit}; random weights of the named shapes.",
-        "",
-        HEAD,
-    ]
-    lines += [stream_row(row) for row in streams]
-    text = PAGE.read_text(encoding="utf-8")
-    block = "<!-- stream: begin -->\n" + "\n".join(lines) + "\n<!-- stream: end -->"
-    PAGE.write_text(
-        re.sub(r"<!-- stream: begin -->.*<!-- stream: end -->", lambda _: block, text, flags=re.DOTALL), "utf-8"
-    )
-    print(block)
+    measured = [row for path in sorted(args.files) for row in json.loads(path.read_text(encoding="utf-8"))]
+    for row in measured:
+        if args.commit and row.get("commit", "unknown") == "unknown":
+            row["commit"] = args.commit
+        row.setdefault("commit", "unknown")
+    data = PAGE.with_suffix(".json")
+    kept = json.loads(data.read_text(encoding="utf-8")) if data.is_file() else []
+    rows = merged(kept, measured)
+    data.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    print("\n".join([HEAD, *map(stream_row, rows)]))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,12 @@ object from tensor name to {"dtype", "shape", "data_offsets": [begin, end]}; the
 from the end of the header. Opening a checkpoint reads headers only, and believes none of them unchecked.
 """
 
+import bisect
 import ctypes
 import difflib
+import itertools
 import json
+import logging
 import math
 import mmap
 import os
@@ -32,10 +35,14 @@ from streamer.errors import (
     TruncatedShardError,
 )
 
+logger = logging.getLogger("streamer")
+
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 # Limit of the format's own reader: a longer header is a file of another kind.
 MAX_HEADER_BYTES = 100_000_000
+# Direct reads begin and end at multiples of this: the page size, and no disk's block is larger.
+DIRECT_BYTES = 4096
 _MAX_AXIS = 2**63 - 1  # sizes of a torch tensor are signed 64-bit integers
 
 _DTYPES: Mapping[str, torch.dtype] = MappingProxyType({
@@ -109,6 +116,7 @@ class Checkpoint:
         self._shard_bytes = shard_bytes
         self._maps: dict[Path, torch.Tensor] = {}
         self._files: dict[Path, int] = {}
+        self._direct_files: dict[Path, int | None] = {}
         self._lock = threading.Lock()
         self._is_closed = False
 
@@ -232,49 +240,110 @@ class Checkpoint:
                 merged.append(Span(entry.shard, entry.offset, end))
         return merged
 
-    def read_into(self, name: str, buffer: torch.Tensor) -> None:
-        """Copies a tensor's bytes from the file to memory, with Python's lock released while it reads.
+    def read_part(
+        self, name: str, start: int, stop: int, buffer: torch.Tensor, *, direct: bool = False
+    ) -> torch.Tensor:
+        """Copies bytes start <= b < stop of a tensor from the file to memory, with Python's lock released meanwhile.
 
         Args:
             name: as the checkpoint spells it.
-            buffer: [nbytes] uint8 on the CPU, contiguous, writable; filled.
+            start, stop: bytes of the tensor; 0 <= start <= stop <= its length.
+            buffer: [N] uint8 on the CPU, contiguous, writable, N >= stop - start. With `direct` it begins at a multiple
+                of DIRECT_BYTES and N >= stop - start + 2 * DIRECT_BYTES.
+            direct: read around the page cache. Where the file system refuses that (a file in memory, say), the read
+                goes through the page cache, and a log line says so once per file.
+        Returns:
+            the view [stop - start] of the buffer that holds the bytes; it begins at the buffer's start unless `direct`.
         Raises:
             MissingTensorError: no such tensor.
-            OptionError: the buffer is of another length, dtype, layout or device.
+            OptionError: a range outside of the tensor, or a buffer of another length, dtype, layout or device.
             TruncatedShardError: the file ends early.
+            CheckpointError: the system cannot read it.
         Source: own.
         """
         entry = self.entry(name)
+        wanted = stop - start
+        slack = 2 * DIRECT_BYTES if direct else 0
         is_plain = buffer.dtype == torch.uint8 and buffer.device.type == "cpu" and buffer.is_contiguous()
-        if not is_plain or buffer.shape != (entry.nbytes,):
+        if not is_plain or buffer.ndim != 1 or buffer.numel() < wanted + slack:
             raise OptionError(
-                f"tensor {name} is read into contiguous CPU memory of {entry.nbytes} uint8, "
-                f"got {tuple(buffer.shape)} {buffer.dtype} on {buffer.device}"
+                f"{wanted} bytes of tensor {name} are read into contiguous CPU memory of {wanted + slack} uint8 "
+                f"or more, got {tuple(buffer.shape)} {buffer.dtype} on {buffer.device}"
             )
-        if entry.nbytes == 0:
-            return
-        memory = memoryview((ctypes.c_char * entry.nbytes).from_address(buffer.data_ptr())).cast("B")
-        file = self._file(entry.shard)
+        if not 0 <= start <= stop <= entry.nbytes:
+            raise OptionError(f"bytes {start} to {stop} were asked for, and tensor {name} has {entry.nbytes}")
+        if wanted == 0:
+            return buffer[:0]
+        first = entry.offset + start
+        file = self._direct_file(entry.shard) if direct else None
+        # around the page cache only whole blocks can be read: those that the wanted bytes lie in
+        ahead = first % DIRECT_BYTES if file is not None else 0
+        length = ahead + wanted
+        if file is None:
+            file = self._file(entry.shard)
+        else:
+            if buffer.data_ptr() % DIRECT_BYTES:
+                raise OptionError(f"memory for a direct read begins at a multiple of {DIRECT_BYTES} bytes")
+            length = -(-length // DIRECT_BYTES) * DIRECT_BYTES
+        memory = memoryview((ctypes.c_char * length).from_address(buffer.data_ptr())).cast("B")
         done_bytes = 0
-        while done_bytes < entry.nbytes:
+        while done_bytes < ahead + wanted:
             # One call reads 2 GiB at most, and fewer bytes than asked for is no error.
-            read_bytes = os.preadv(file, [memory[done_bytes:]], entry.offset + done_bytes)
+            try:
+                read_bytes = os.preadv(file, [memory[done_bytes:]], first - ahead + done_bytes)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{entry.shard} cannot be read at byte {first - ahead + done_bytes} ({error.strerror}).\n"
+                    f"  Check the disk, or download the file again.",
+                    path=entry.shard,
+                ) from error
             if read_bytes == 0:
                 raise TruncatedShardError(
-                    f"{entry.shard} ends at byte {entry.offset + done_bytes}, inside tensor {name}, "
+                    f"{entry.shard} ends at byte {first - ahead + done_bytes}, inside tensor {name}, "
                     f"which goes to byte {entry.offset + entry.nbytes}.\n  {_AGAIN}",
                     path=entry.shard,
                 )
             done_bytes += read_bytes
+            if done_bytes % DIRECT_BYTES:  # no direct read can go on from here: it has met the end of the file
+                file = self._file(entry.shard)
+        return buffer[ahead : ahead + wanted]
+
+    def cached_share(self, samples: int = 64) -> float:
+        """Share of the tensors' bytes that the page cache holds, from samples; 0 where the system does not say.
+
+        Args:
+            samples: places that are asked for, spread evenly over all files.
+        Source: own; preadv2(2), RWF_NOWAIT.
+        """
+        flag = getattr(os, "RWF_NOWAIT", None)  # Linux
+        total = sum(self._shard_bytes.values())
+        if flag is None or not total:
+            return 0.0
+        ends = list(itertools.accumulate(self._shard_bytes.values()))
+        shards = list(self._shard_bytes)
+        byte, found = bytearray(1), 0
+        for sample in range(samples):
+            at = total * sample // samples
+            number = bisect.bisect_right(ends, at)
+            start = ends[number] - self._shard_bytes[shards[number]]
+            try:
+                found += os.preadv(self._file(shards[number]), [byte], at - start, flag)
+            except BlockingIOError:
+                continue  # the byte would have to be read from the disk
+            except OSError:
+                return 0.0
+        return found / samples
 
     def close(self) -> None:
         """Gives the file handles and maps back; a map that a returned tensor still shows goes with that tensor."""
         with self._lock:
             self._is_closed = True
             self._maps.clear()
-            for file in self._files.values():
-                os.close(file)
+            for file in (*self._files.values(), *self._direct_files.values()):
+                if file is not None:
+                    os.close(file)
             self._files.clear()
+            self._direct_files.clear()
 
     def __enter__(self) -> "Checkpoint":
         return self
@@ -287,6 +356,14 @@ class Checkpoint:
     def _file(self, shard: Path) -> int:
         with self._lock:
             return self._locked_file(shard)
+
+    def _direct_file(self, shard: Path) -> int | None:
+        """A handle whose reads go around the page cache; None where there is none."""
+        with self._lock:
+            self._locked_file(shard)  # refuses when closed
+            if shard not in self._direct_files:
+                self._direct_files[shard] = _open_direct(shard)
+            return self._direct_files[shard]
 
     def _locked_file(self, shard: Path) -> int:
         if self._is_closed:
@@ -313,6 +390,29 @@ class Checkpoint:
                     warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
                     self._maps[shard] = torch.frombuffer(mapped, dtype=torch.uint8)
             return self._maps[shard]
+
+
+def _open_direct(shard: Path) -> int | None:
+    """A handle for reads around the page cache; None, and a log line, where the file system has none."""
+    flag = getattr(os, "O_DIRECT", None)  # Linux and FreeBSD
+    if flag is None:
+        logger.warning("this system cannot read around its page cache: %s is read through it", shard.name)
+        return None
+    file = None
+    try:
+        file = os.open(shard, os.O_RDONLY | os.O_CLOEXEC | flag)
+        # some file systems refuse at the first read only
+        probe = mmap.mmap(-1, DIRECT_BYTES)
+        os.preadv(file, [probe], 0)
+        probe.close()
+        return file
+    except OSError as error:
+        if file is not None:
+            os.close(file)
+        logger.warning(
+            "%s cannot be read around the page cache (%s): it is read through it", shard.name, error.strerror
+        )
+        return None
 
 
 def _read_weight_map(folder: Path) -> dict[str, str]:

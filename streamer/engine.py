@@ -22,9 +22,10 @@ from transformers import (
 from streamer.architecture import Architecture, bytes_of, read_architecture, reason_of
 from streamer.checkpoint import Checkpoint
 from streamer.errors import ContextLengthError, DoesNotFitError, OptionError, UnsupportedModelError
+from streamer.forecast import Lever, Machine, machine_of_run, next_lever
 from streamer.generation import StopWhen, TokenSink, generation_config, seeded
 from streamer.options import parse_dtype, parse_size
-from streamer.plan import CONTEXT_BYTES, CacheSettings, Plan, Request, make_plan
+from streamer.plan import CONTEXT_BYTES, CacheSettings, Plan, Request, cache_bytes, make_plan
 from streamer.report import MemoryReport, build_report
 from streamer.resolve import resolve_model
 from streamer.runtime import Runtime, build_runtime, measured_context_bytes
@@ -51,12 +52,14 @@ class StreamingEngine:
         bits: width of the KV cache: 2, 3, 4, or 16 for uncompressed. key_bits, value_bits: override one side.
         protected_layers: layers whose cache stays uncompressed.
         vram: budget of the whole process on the device, e.g. "8GiB"; default: what is free.
-        ram: budget of host memory for weights, e.g. "32GiB"; default: 90 % of what is free.
+        ram: budget of the process's host memory, e.g. "32GiB", pages of files apart (the system takes those back);
+            default: 90 % of what is free.
         device: "cuda", "cuda:1" or "cpu"; default: CUDA if there is one.
         dtype: "auto" (as the checkpoint is stored), "bfloat16", "float16" or "float32".
         context: tokens of prompt and answer to make room for; default: what a call needs.
         prefill_chunk: tokens of a prompt that go through a layer at a time; default: chosen by the plan.
         resident: layers that stay on the device; default: as many as fit; 0 = stream every layer.
+        direct_io: read weights around the page cache; default: where it could not hold what is read in every pass.
         offline: never use the network.
         on_note: called with each automatic choice, one line; default: logged as a warning of logger "streamer".
     Raises:
@@ -79,18 +82,22 @@ class StreamingEngine:
         context: int | None = None,
         prefill_chunk: int | None = None,
         resident: int | None = None,
+        direct_io: bool | None = None,
         offline: bool = False,
         on_note: Callable[[str], None] | None = None,
     ):
         self.stats = RunStats(on_note=on_note or logger.warning)
         self._device = _device(device)
         _check_layout(context, prefill_chunk, resident)
-        if self._device.type == "cpu" and (vram is not None or resident is not None):
-            raise OptionError("vram and resident are for a GPU; this run is on the CPU (use ram to limit host memory)")
+        if self._device.type == "cpu" and any(option is not None for option in (vram, resident, direct_io)):
+            raise OptionError(
+                "vram, resident and direct_io are for a GPU; this run is on the CPU (use ram to limit host memory)"
+            )
         self._vram = parse_size(vram) if vram is not None else None
         self._ram = parse_size(ram) if ram is not None else None
         self._dtype = parse_dtype(str(dtype).removeprefix("torch."))
         self._context, self._prefill_chunk, self._resident = context, prefill_chunk, resident
+        self._direct_io = direct_io
         self._cache_settings = CacheSettings(bits, key_bits, value_bits, tuple(protected_layers))
         resolved = resolve_model(str(model), offline=offline, on_line=self.stats.note)
         self.folder = resolved.folder
@@ -131,6 +138,16 @@ class StreamingEngine:
     def plan(self) -> Plan | None:
         """The plan of the assembled model; None before the first call."""
         return self._runtime.plan if self._runtime is not None else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is computed."""
+        return self._device
+
+    @property
+    def link_bytes_per_s(self) -> float | None:
+        """Rate of copies from page-locked memory to the device, measured at assembly; None before, or on the CPU."""
+        return self._runtime.link_bytes_per_s if self._runtime is not None else None
 
     @property
     def max_context(self) -> int:
@@ -294,15 +311,18 @@ class StreamingEngine:
         vram = None
         if self._device.type == "cuda":
             vram = self._vram if self._vram is not None else self._free_vram()
+        free = psutil.virtual_memory().available
         ram = self._ram
         if ram is None:
             # on the CPU without a budget, what is converted may use swap: the system decides, not a guess of ours
-            ram = 1 << 62 if self._device.type == "cpu" else int(_RAM_SHARE * psutil.virtual_memory().available)
+            ram = 1 << 62 if self._device.type == "cpu" else int(_RAM_SHARE * free) + _held_bytes()
         return Request(
             context=self._context or context,
             batch=batch,
             vram_bytes=vram,
             ram_bytes=ram,
+            free_ram_bytes=free,
+            direct_io=self._direct_io,
             resident_layers=self._resident,
             prefill_chunk=self._prefill_chunk,
             cache=self._cache_settings,
@@ -344,19 +364,54 @@ class StreamingEngine:
         return make_plan(architecture, self._request(context, batch), key_bias_bytes=key_bias_bytes)
 
     # ----------------------------------------------------------------- report
-    def memory_report(self) -> MemoryReport:
-        """Predicted and, after a generation, measured bytes of every part."""
+    def memory_report(self, *, link_bytes_per_s: float | None = None) -> MemoryReport:
+        """Predicted and, after a generation, measured bytes of every part; and what is known of the speed.
+
+        Args:
+            link_bytes_per_s: rate of the link to predict from, and to say what other GPU budgets would buy; without
+                it, the rate measured when the model was assembled, and no budgets.
+        """
+        link = link_bytes_per_s if link_bytes_per_s is not None else self.link_bytes_per_s
+        has_budgets = link_bytes_per_s is not None
         if self._runtime is None:
             architecture = self._architecture or self._read_architecture()
             context = self._context or min(self.max_context, DEFAULT_CONTEXT)
             biases = architecture.key_biases(None)
             plan = make_plan(architecture, self._request(context, 1), key_bias_bytes=bytes_of(biases))
-            return build_report(architecture, plan, None, None)
-        peak = None
+            return build_report(architecture, plan, None, None, machine=Machine(link), has_budgets=has_budgets)
+        runtime, caches = self._runtime, self._runtime.caches
+        peak, lever, machine = None, None, machine_of_run(runtime.plan, self.stats, link)
         if self._device.type == "cuda":
-            peak = torch.cuda.max_memory_reserved(self._device) + measured_context_bytes(self._device)
-        caches = self._runtime.caches
-        return build_report(self._runtime.architecture, self._runtime.plan, peak, caches.last, caches.last_capacity)
+            beside = measured_context_bytes(self._device)
+            peak = torch.cuda.max_memory_reserved(self._device) + beside
+            if self.stats.decode_tokens_per_s:
+                lever = self._lever(runtime, machine, beside)
+        return build_report(
+            runtime.architecture,
+            runtime.plan,
+            peak,
+            caches.last,
+            caches.last_capacity,
+            machine=machine,
+            has_budgets=has_budgets,
+            lever=lever,
+        )
+
+    def _lever(self, runtime: Runtime, machine: Machine, context_bytes: int) -> Lever:
+        """What would have made the last generation faster, within what this process could have."""
+        plan = runtime.plan
+        free, _ = torch.cuda.mem_get_info(self._device)
+        return next_lever(
+            runtime.architecture,
+            plan.request,
+            plan,
+            machine,
+            measured_tokens_per_s=self.stats.decode_tokens_per_s,
+            device_bytes=int(free) + torch.cuda.memory_reserved(self._device) + context_bytes,
+            host_bytes=psutil.virtual_memory().available + _held_bytes(),
+            needed_tokens=runtime.caches.last_capacity,
+            key_bias_bytes=plan.kv_bytes - cache_bytes(runtime.architecture, plan.request),
+        )
 
     def close(self) -> None:
         """Give back device and host memory; the engine can be used again, a model taken from it before cannot."""
@@ -391,13 +446,16 @@ def plan_report(
     context: int | None = None,
     prefill_chunk: int | None = None,
     resident: int | None = None,
+    direct_io: bool | None = None,
     offline: bool = False,
     on_note: Callable[[str], None] = logger.warning,
+    link_bytes_per_s: float | None = None,
 ) -> MemoryReport:
     """What a run on a GPU would take, from the checkpoint's headers; this machine needs no GPU, and none is used.
 
     Args:
         model, bits and so on: as in StreamingEngine. vram: memory of that GPU that the process may take.
+        link_bytes_per_s: rate of its link, to predict tokens per second from; None = no prediction.
     Returns:
         a report without measurements.
     Raises:
@@ -415,6 +473,8 @@ def plan_report(
         context=context or min(limit, DEFAULT_CONTEXT),
         vram_bytes=vram_bytes,
         ram_bytes=ram_bytes,
+        free_ram_bytes=psutil.virtual_memory().available if ram is None else None,
+        direct_io=direct_io,
         resident_layers=resident,
         prefill_chunk=prefill_chunk,
         cache=CacheSettings(bits, key_bits, value_bits, tuple(protected_layers)),
@@ -424,7 +484,13 @@ def plan_report(
     plan = make_plan(architecture, request, key_bias_bytes=bytes_of(architecture.key_biases(None)))
     for line in (*architecture.notes, *plan.notes):
         on_note(line)
-    return build_report(architecture, plan, None, None)
+    return build_report(architecture, plan, None, None, machine=Machine(link_bytes_per_s), has_budgets=True)
+
+
+def _held_bytes() -> int:
+    """Host memory that this process holds by now, pages of files apart."""
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - getattr(memory, "shared", 0))
 
 
 def _check_layout(context: int | None, prefill_chunk: int | None, resident: int | None) -> None:

@@ -110,6 +110,8 @@ class StreamedLayer(nn.Module):
         """transformers' layer, over all tokens or chunk by chunk."""
         call = self._named(args, kwargs)
         hidden = call["hidden_states"]
+        if self._index == 0:
+            self._stats.on_pass(hidden.shape[1], self._blocked_s())
         chunks = self._chunks(call, hidden.shape[1])
         if len(chunks) == 1:
             out = self._owned[0](**call)
@@ -184,7 +186,11 @@ class StreamedLayer(nn.Module):
                     "its bytes: this model cannot be streamed (run it with --device cpu, or whole on the GPU)"
                 )
             gate.use.reset()
-        self._stats.on_layer(self._index)
+        self._stats.on_layer(self._index, self._blocked_s())
+
+    def _blocked_s(self) -> float:
+        """Seconds that this thread has waited for readers of weights since the model was assembled."""
+        return float(getattr(self._gates[0]._weights, "blocked_s", 0.0)) if self._gates else 0.0
 
 
 class RunSettings:

@@ -1,7 +1,7 @@
 """Plan: every byte of a run and where it lives, computed from headers and budgets before anything is allocated."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers.cache_utils import DynamicSlidingWindowLayer
@@ -9,13 +9,15 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from streamer.architecture import Architecture, Unit, aligned, head_slices
 from streamer.errors import DoesNotFitError
 from streamer.options import format_size
+from streamer.schedule import ring_extent
 from turboquant.hf import FLOAT32_SCORE_BYTES, attention_of, layer_shape, plain_cache_layers
 from turboquant.policy import Precision, layer_precisions
 from turboquant.store import StoreOptions, store_bytes
 
-# Ring over the streamed units of the largest layer: 1.0 runs at full link rate in a simulation of the schedule, the
-# rest covers jitter of the thread that issues the copies.
-_RING_LAYERS = 1.2
+# Ring over the streamed units of the largest layer. 1.2 keep the link busy while tokens are decoded one at a time, in a
+# simulation of the schedule and measured; the part above 1.0 covers jitter of the thread that computes. While a prompt
+# goes through a layer in chunks the whole layer is held: only a second one hides the copy of the next under it.
+_RING_LAYERS, _RING_LAYERS_FOR_PROMPTS = 1.2, 2.0
 
 # CUDA context, loaded kernels and library handles: what the driver counts for the process beside torch's allocator.
 # Measured on an H100 with CUDA 13: 777 MiB once cuBLAS, SDPA and copies have run.
@@ -24,11 +26,21 @@ CONTEXT_BYTES = 800 << 20
 # cuBLAS takes 32 MiB a stream on Hopper, 8 MiB before; the allocator rounds blocks and keeps small pools.
 _WORKSPACE_BYTES = 64 << 20
 
-# Page-locked slots through which residents and files pass (four of 64 MiB).
-STAGING_BYTES = 256 << 20
+# Host memory of the process beside weights: Python, torch, transformers and the host's side of the CUDA context.
+# Measured on an H100 machine: 0.6 GB once a context exists, 1.13 GB after generations (anonymous and shared pages).
+PROCESS_BYTES = 1280 << 20
 
-# Chunks of a prompt that the planner tries, largest first.
+# Page-locked slots through which weights pass on their way from the files. 16 of 32 MiB carry 42 GB/s, 32 of 16 MiB a
+# tenth less [H100].
+SLOT_BYTES, _MOST_SLOTS, _FEWEST_SLOTS = 32 << 20, 16, 4
+SMALLEST_SLOT_BYTES = 64 << 10
+
+# Chunks of a prompt that the planner tries, largest first; the smaller ones only when nothing else fits.
 PREFILL_CHUNKS = (2048, 1024, 512, 256, 128)
+_EFFICIENT_CHUNK = 512
+
+# What a smaller chunk must save of the bytes per pass to be taken.
+_WORTHWHILE_SHARE = 0.02
 
 # Pieces in which a store codes and decodes (4096 tokens), as float32 arrays held at once in the plain PyTorch path.
 _CODING_TOKENS, _CODING_ARRAYS = 4096, 10
@@ -52,9 +64,10 @@ class Request:
 
     Attributes:
         context: tokens of a row, prompt and answer. batch: rows.
-        prompt: longest prompt, in tokens; None = context.
         vram_bytes: budget of the whole process on the device; None = no device (CPU).
-        ram_bytes: budget of host memory for weights.
+        ram_bytes: budget of the process's host memory, pages of files apart; on the CPU: of what it holds beside them.
+        free_ram_bytes: what the system could use to keep pages of files; None = ram_bytes.
+        direct_io: read weights around the page cache; None = where it could not hold what is read in every pass.
         resident_layers: layers that stay on the device; None = as many as fit.
         prefill_chunk: tokens of a prompt chunk; None = chosen.
         cache: CacheSettings.
@@ -62,17 +75,13 @@ class Request:
 
     context: int
     batch: int = 1
-    prompt: int | None = None
     vram_bytes: int | None = None
     ram_bytes: int = 0
+    free_ram_bytes: int | None = None
+    direct_io: bool | None = None
     resident_layers: int | None = None
     prefill_chunk: int | None = None
     cache: CacheSettings = CacheSettings()
-
-    @property
-    def longest_prompt(self) -> int:
-        """Tokens of a prompt that the plan makes room for."""
-        return self.prompt if self.prompt is not None else self.context
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,11 @@ class Plan:
     Attributes:
         request: what was asked. units: of a pass, in order, the head last. resident: indices of units that stay.
         ring_bytes: of the streamed ones. prefill_chunk: tokens.
-        host: "map" (views on the files), "pinned" or "staged".
+        host: "map" (views on the files), "pinned" (all streamed units are kept in host memory) or "staged".
+        kept: indices of streamed units that stay in page-locked host memory.
+        staged_bytes: of streamed units that are read from the files in every pass.
+        staging_bytes: page-locked slots for what is read. slot_bytes: one of them.
+        direct_io: files are read around the page cache.
         terms: lines of the report; their sum by place is the prediction.
         kv_bytes: exact size of the cache's tensors when it holds `context` tokens (key biases included).
         layers_resident: decoder layers none of whose units streams.
@@ -110,6 +123,11 @@ class Plan:
     layers_resident: int
     streamed_bytes: int
     notes: tuple[str, ...]
+    kept: frozenset[int] = frozenset()
+    staged_bytes: int = 0
+    staging_bytes: int = 0
+    slot_bytes: int = 0
+    direct_io: bool = False
 
     def bytes_at(self, where: str) -> int:
         """Sum of the terms of one place."""
@@ -158,12 +176,25 @@ def make_plan(architecture: Architecture, request: Request, *, key_bias_bytes: i
     if request.vram_bytes is None:
         return _host_plan(architecture, request, kv_bytes)
     chunks = [request.prefill_chunk] if request.prefill_chunk is not None else list(PREFILL_CHUNKS)
-    # the largest chunk that costs no layer its place would need a search; the largest that fits a streamed run does
+    best: Plan | None = None
     for chunk in chunks:
         plan = _device_plan(architecture, request, kv_bytes, chunk)
-        if plan.device_bytes <= request.vram_bytes:
-            return plan
-    raise _does_not_fit(architecture, request, key_bias_bytes, plan)
+        if plan.device_bytes > request.vram_bytes:
+            continue
+        # a smaller chunk leaves more room for residents and makes long prompts slower: it must be worth it
+        if best is None or (
+            chunk >= _EFFICIENT_CHUNK and plan.streamed_bytes < (1 - _WORTHWHILE_SHARE) * best.streamed_bytes
+        ):
+            best = plan
+    if best is None:
+        raise _does_not_fit(architecture, request, key_bias_bytes, plan)
+    if best.bytes_at("host") > request.ram_bytes:
+        raise DoesNotFitError(
+            f"the run needs {format_size(best.bytes_at('host'))} of host memory at least and "
+            f"{format_size(request.ram_bytes)} may be used.\n  {_listed(best, 'host')}\n"
+            f"  Try --ram {-(-best.bytes_at('host') * 4 // 2**30) / 4:g}GiB."
+        )
+    return best
 
 
 def _host_plan(architecture: Architecture, request: Request, kv_bytes: int) -> Plan:
@@ -208,104 +239,130 @@ def _host_plan(architecture: Architecture, request: Request, kv_bytes: int) -> P
 
 
 def _device_plan(architecture: Architecture, request: Request, kv_bytes: int, chunk: int) -> Plan:
-    budget = request.vram_bytes or 0
-    layer_units = [unit for layer in architecture.layers for unit in layer]
-    owner = [i for i, layer in enumerate(architecture.layers) for _ in layer]
-    small = sum(aligned(p.nbytes) for p in architecture.resident)
-    ring_full = _ring_bytes(architecture)
     fixed = [
         Term("CUDA context and kernels", "device", CONTEXT_BYTES),
-        Term("norms and other small weights", "device", small),
+        Term("norms and other small weights", "device", sum(aligned(p.nbytes) for p in architecture.resident)),
         Term("KV cache", "device", kv_bytes),
         Term("activations", "device", _activation_bytes(architecture, request, chunk)),
         Term("workspaces and rounding", "device", _WORKSPACE_BYTES),
     ]
-    left = budget - sum(term.nbytes for term in fixed)
-    head_whole = head_slices(architecture.head, 1 << 62)
-    head_bytes = head_whole[0].nbytes
-    everything = sum(unit.nbytes for unit in layer_units) + head_bytes
-    forced = request.resident_layers
-    notes: list[str] = []
-    if everything <= left and (forced is None or forced >= architecture.num_layers):
-        units = (*layer_units, *head_whole)
-        resident = frozenset(range(len(units)))
-        ring = 0
-    else:
-        head_resident = head_bytes <= left - ring_full
-        # slices no larger than the largest unit of a layer: the ring has room for them already
-        largest = max(unit.nbytes for unit in layer_units)
-        head_units = head_whole if head_resident else head_slices(architecture.head, largest)
-        if not head_resident:
-            notes.append(f"the output matrix ({format_size(head_bytes)}) streams in {len(head_units)} slices")
-        units = (*layer_units, *head_units)
-        head_indices = range(len(layer_units), len(units))
-        spare = left - ring_full - (head_bytes if head_resident else 0)
-        chosen = _choose_resident(architecture, layer_units, owner, spare, forced)
-        resident = frozenset(chosen | (set(head_indices) if head_resident else set()))
-        streamed = [unit.nbytes for i, unit in enumerate(units) if i not in resident]
-        ring = min(ring_full, sum(streamed))
+    left = (request.vram_bytes or 0) - sum(term.nbytes for term in fixed)
+    layout = _lay_out(architecture, left, request.resident_layers)
+    units, resident = layout.units, layout.resident
     resident_bytes = sum(unit.nbytes for i, unit in enumerate(units) if i in resident)
     streamed_bytes = sum(unit.nbytes for i, unit in enumerate(units) if i not in resident)
-    streaming_layers = {owner[i] for i in range(len(layer_units)) if i not in resident}
-    pinned = streamed_bytes
-    host = "pinned" if pinned <= request.ram_bytes else "staged"
-    staged_bytes = STAGING_BYTES
-    if host == "staged":
-        notes.append(
-            f"host memory: {format_size(pinned)} of streamed weights do not fit the {format_size(request.ram_bytes)} "
-            "that may be used; they are read from the files in every pass"
-        )
+    host = _lay_out_host(request, units, resident)
     terms = (
         *fixed[:2],
         Term("resident layers and head", "device", resident_bytes),
-        Term("ring of streamed weights", "device", ring),
+        Term("ring of streamed weights", "device", layout.ring_bytes),
         *fixed[2:],
-        Term("page-locked weights", "host", pinned if host == "pinned" else 0),
-        Term("page-locked staging slots", "host", staged_bytes if host == "staged" or resident else 0),
+        Term("Python, torch and CUDA", "host", PROCESS_BYTES),
+        Term("page-locked weights", "host", sum(units[i].nbytes for i in host.kept)),
+        Term("page-locked staging slots", "host", host.staging_bytes),
+        Term("weights in conversion", "host", host.converting_bytes),
         Term("embedding table (read from the files' maps)", "file", architecture.embedding.nbytes),
     )
+    streaming_layers = {units[i].group for i in range(len(units)) if i not in resident and units[i].rows is None}
     return Plan(
         request=request,
         units=units,
         resident=resident,
-        ring_bytes=ring,
+        ring_bytes=layout.ring_bytes,
         prefill_chunk=chunk,
-        host=host,
+        host="staged" if host.staged_bytes else "pinned",
         terms=terms,
         kv_bytes=kv_bytes,
         layers_resident=architecture.num_layers - len(streaming_layers),
         streamed_bytes=streamed_bytes,
-        notes=tuple(notes),
+        notes=(*layout.notes, *host.notes),
+        kept=host.kept,
+        staged_bytes=host.staged_bytes,
+        staging_bytes=host.staging_bytes,
+        slot_bytes=host.slot_bytes,
+        direct_io=host.direct_io,
     )
 
 
-def _ring_bytes(architecture: Architecture) -> int:
-    layers = [sum(unit.nbytes for unit in layer) for layer in architecture.layers]
+@dataclass(frozen=True)
+class _Layout:
+    """What stays on the device and what goes through the ring."""
+
+    units: tuple[Unit, ...]
+    resident: frozenset[int]
+    ring_bytes: int
+    notes: tuple[str, ...] = ()
+
+
+def _lay_out(architecture: Architecture, left: int, forced: int | None) -> _Layout:
+    """Fill `left` bytes with residents and a ring; `forced` is the number of resident layers, None = as many as fit."""
+    layer_units = [unit for layer in architecture.layers for unit in layer]
+    head = head_slices(architecture.head, 1 << 62)
+    everything = sum(unit.nbytes for unit in (*layer_units, *head))
+    if everything <= left and (forced is None or forced >= architecture.num_layers):
+        return _Layout((*layer_units, *head), frozenset(range(len(layer_units) + 1)), 0)
+    least = _ring_capacity(architecture, _RING_LAYERS)
+    notes = []
+    if head[0].nbytes <= left - least:
+        units, held = (*layer_units, *head), {len(layer_units)}
+    else:
+        # slices no larger than the largest unit of a layer: the ring has room for them already
+        slices = head_slices(architecture.head, max(unit.nbytes for unit in layer_units))
+        units, held = (*layer_units, *slices), set()
+        notes.append(f"the output matrix ({format_size(head[0].nbytes)}) streams in {len(slices)} slices")
+    layout = None
+    for capacity in (_ring_capacity(architecture, _RING_LAYERS_FOR_PROMPTS), least):
+        spare = left - capacity - sum(units[i].nbytes for i in held)
+        chosen = _choose_layers(architecture, spare, forced)
+        if capacity > least and (spare < 0 or 2 * len(chosen) > architecture.num_layers):
+            continue  # where most layers stay, the copy of the next streamed one hides under theirs
+        resident = held | {i for i, unit in enumerate(units) if unit.rows is None and unit.group in chosen}
+        if forced is None:
+            resident = _fill_up(units, resident, capacity, left)
+        layout = _Layout(units, frozenset(resident), _ring_extent(units, resident, capacity), tuple(notes))
+        if layout.ring_bytes <= left - sum(units[i].nbytes for i in resident):
+            break
+    assert layout is not None  # noqa: S101  the smaller ring is always tried
+    return layout
+
+
+def _ring_capacity(architecture: Architecture, layers: float) -> int:
+    sizes = [sum(unit.nbytes for unit in layer) for layer in architecture.layers]
     largest_unit = max(unit.nbytes for layer in architecture.layers for unit in layer)
-    return aligned(max(int(_RING_LAYERS * max(layers)), max(layers) + largest_unit // 4))
+    return aligned(max(int(layers * max(sizes)), max(sizes) + largest_unit // 4))
 
 
-def _choose_resident(
-    architecture: Architecture, units: Sequence[Unit], owner: Sequence[int], spare: int, forced: int | None
-) -> set[int]:
-    """Units that stay, spread evenly over the layers: then a pass takes max(copy, compute), whatever their ratio."""
+def _ring_extent(units: Sequence[Unit], resident: Collection[int], capacity: int) -> int:
+    """What the streamed units really take of a ring of that capacity: units do not go round its end."""
+    streamed = [unit for i, unit in enumerate(units) if i not in resident]
+    return ring_extent([unit.nbytes for unit in streamed], capacity, [unit.group for unit in streamed])
+
+
+def _choose_layers(architecture: Architecture, spare: int, forced: int | None) -> set[int]:
+    """Layers that stay, spread evenly: then a pass takes max(copy, compute), whatever their ratio."""
     count = architecture.num_layers
     layer_bytes = [sum(unit.nbytes for unit in layer) for layer in architecture.layers]
     streaming = count if forced is None else count - min(forced, count)
-    streams = _spread(streaming, count)
     if forced is None:
         # fewest streamed layers whose complement fits: sizes are nearly equal, so walk down from all streamed
         while streaming and sum(b for i, b in enumerate(layer_bytes) if not _spread(streaming - 1, count)[i]) <= spare:
             streaming -= 1
-        streams = _spread(streaming, count)
-    chosen = {i for i in range(len(units)) if not streams[owner[i]]}
-    if forced is None:
-        spare -= sum(units[i].nbytes for i in chosen)
-        for i in sorted(range(len(units)), key=lambda i: -units[i].nbytes):
-            if i not in chosen and units[i].nbytes <= spare:
-                chosen.add(i)
-                spare -= units[i].nbytes
-    return chosen
+    streams = _spread(streaming, count)
+    return {i for i in range(count) if not streams[i]}
+
+
+def _fill_up(units: Sequence[Unit], resident: set[int], capacity: int, left: int) -> set[int]:
+    """Single units of streamed layers, largest first, into what whole layers have left."""
+    resident = set(resident)
+    held = sum(units[i].nbytes for i in resident)
+    for i in sorted(range(len(units)), key=lambda i: -units[i].nbytes):
+        if i in resident or held + units[i].nbytes > left:
+            continue
+        extent = _ring_extent(units, resident | {i}, capacity)
+        if held + units[i].nbytes + extent <= left:
+            resident.add(i)
+            held += units[i].nbytes
+    return resident
 
 
 def _spread(streaming: int, count: int) -> list[bool]:
@@ -313,11 +370,81 @@ def _spread(streaming: int, count: int) -> list[bool]:
     return [(i + 1) * streaming // count > i * streaming // count for i in range(count)]
 
 
+@dataclass(frozen=True)
+class _HostLayout:
+    """What stays in page-locked host memory, and the slots that the rest passes through."""
+
+    kept: frozenset[int]
+    staged_bytes: int
+    staging_bytes: int
+    slot_bytes: int
+    converting_bytes: int
+    direct_io: bool
+    notes: tuple[str, ...]
+
+
+def _lay_out_host(request: Request, units: Sequence[Unit], resident: Collection[int]) -> _HostLayout:
+    streamed = [i for i in range(len(units)) if i not in resident]
+    needed = sum(units[i].nbytes for i in streamed)
+    # transformers' conversions make whole parameters, one at a time, of sources that are read from the files' maps
+    made = [p.nbytes for unit in units for p in unit.parameters if p.conversion is not None]
+    converting = 2 * max(made, default=0)
+    left = request.ram_bytes - PROCESS_BYTES - converting
+    slot, slots = _slots(units, left, needed)
+    room = left - slot * slots
+    kept = frozenset(streamed) if needed <= room else _spread_kept(units, streamed, needed, room)
+    staged = sum(units[i].nbytes for i in streamed if i not in kept)
+    free = request.free_ram_bytes if request.free_ram_bytes is not None else request.ram_bytes
+    cacheable = free - slot * slots - (needed - staged)
+    direct = request.direct_io if request.direct_io is not None else staged > cacheable
+    notes = []
+    if staged:
+        notes.append(
+            f"host memory: {format_size(needed - staged)} of {format_size(needed)} of streamed weights stay within the "
+            f"{format_size(request.ram_bytes)} that may be used; {format_size(staged)} are read from the files in "
+            "every pass" + (", around the page cache" if direct else "")
+        )
+    return _HostLayout(kept, staged, slot * slots, slot, converting, direct, tuple(notes))
+
+
+def _slots(units: Sequence[Unit], left: int, needed: int) -> tuple[int, int]:
+    """Bytes of a slot and how many: as large as pieces can be, fewer and smaller where memory is scarce."""
+    largest = max(unit.nbytes for unit in units)
+    slot = SLOT_BYTES
+    while slot > SMALLEST_SLOT_BYTES and slot // 2 >= largest + SMALLEST_SLOT_BYTES // 2:
+        slot //= 2
+    slots = max(_FEWEST_SLOTS, min(_MOST_SLOTS, -(-sum(unit.nbytes for unit in units) // slot)))
+    # where not everything can be kept, the slots take a quarter of the room at most
+    limit = left - needed if left - needed >= _FEWEST_SLOTS * slot else left // 4
+    while slot * slots > limit and (slots > _FEWEST_SLOTS or slot > SMALLEST_SLOT_BYTES):
+        if slots > _FEWEST_SLOTS:
+            slots -= 1
+        else:
+            slot //= 2
+    return slot, slots
+
+
+def _spread_kept(units: Sequence[Unit], streamed: Sequence[int], needed: int, room: int) -> frozenset[int]:
+    """Streamed units to keep, at most `room` bytes, evenly spread over a pass: reading then never falls behind."""
+    kept = set()
+    taken = passed = 0
+    for i in streamed:
+        passed += units[i].nbytes
+        if taken + units[i].nbytes <= room * passed // needed:
+            kept.add(i)
+            taken += units[i].nbytes
+    for i in sorted(streamed, key=lambda i: -units[i].nbytes):
+        if i not in kept and taken + units[i].nbytes <= room:
+            kept.add(i)
+            taken += units[i].nbytes
+    return frozenset(kept)
+
+
 def _activation_bytes(architecture: Architecture, request: Request, chunk: int) -> int:
     """Largest sum of temporary tensors of a run: a prompt chunk inside a layer, or coding and decoding the cache."""
     config: Any = architecture.decoder_config  # each family has its own attributes
     item = architecture.dtype.itemsize
-    prompt, batch = request.longest_prompt, request.batch
+    prompt, batch = request.context, request.batch  # a prompt may fill the context
     tokens = batch * min(chunk if architecture.uses_own_attention else prompt, prompt)
     hidden = int(config.hidden_size)
     shapes = [layer_shape(config, i) for i in range(architecture.num_layers)]
@@ -385,15 +512,7 @@ def _nearest(architecture: Architecture, request: Request, key_bias_bytes: int, 
     budget = request.vram_bytes or 0
 
     def needs(context: int, cache: CacheSettings) -> int:
-        changed = Request(
-            context=context,
-            batch=request.batch,
-            prompt=min(request.longest_prompt, context),
-            vram_bytes=budget,
-            ram_bytes=request.ram_bytes,
-            resident_layers=0,
-            cache=cache,
-        )
+        changed = replace(request, context=context, resident_layers=0, cache=cache)
         kv_bytes = cache_bytes(architecture, changed) + key_bias_bytes
         return _device_plan(architecture, changed, kv_bytes, PREFILL_CHUNKS[-1]).device_bytes
 

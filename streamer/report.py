@@ -1,4 +1,4 @@
-"""MemoryReport: the plan and what was measured, side by side, as a table and as JSON."""
+"""MemoryReport: the plan and what was measured, side by side, and how fast that can be, as tables and as JSON."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -8,9 +8,12 @@ from rich.console import Console
 from rich.table import Table
 
 from streamer.architecture import Architecture
-from streamer.options import format_size
+from streamer.forecast import BudgetRow, Forecast, Lever, Machine, budget_rows, format_rate, predict
+from streamer.options import GIB, format_size
 from streamer.plan import CacheSettings, Plan, cache_bytes
 from turboquant.hf import TurboQuantCache
+
+_GB = 10**9  # link rates are given in decimal units, as data sheets give them
 
 _PLACES = {"device": "GPU", "host": "host memory", "file": "files (page cache)"}
 
@@ -33,6 +36,13 @@ class MemoryReport:
         rows: parts. device_peak: predicted and measured peak of the process on the device, None without one.
         kv_tokens: tokens that the KV row is for. kv_bits, uncompressed_kv_bytes: its width and 16-bit size.
         layers_resident, num_layers, streamed_bytes: what stays on the device and what crosses the link per pass.
+        staged_bytes: of these, read from the files again in every pass.
+        link_bytes_per_s: rate of the link that the rest is for; None without one, and on the CPU.
+        reader_bytes_per_s: at which files were read in every pass, where a generation waited for them.
+        forecast: least time of a decode pass; its fields are None where the link is not known.
+        first_token_s: least time to a prompt's first token, one sweep over the link; None like the rate.
+        budgets: what other GPU budgets would buy; empty if it was not asked for.
+        lever: after a generation on a GPU, the change of one option that would gain most; else None.
     """
 
     rows: tuple[MemoryRow, ...]
@@ -44,6 +54,13 @@ class MemoryReport:
     num_layers: int
     streamed_bytes: int
     prefill_chunk: int
+    staged_bytes: int
+    link_bytes_per_s: float | None
+    reader_bytes_per_s: float | None
+    forecast: Forecast
+    first_token_s: float | None
+    budgets: tuple[BudgetRow, ...]
+    lever: Lever | None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON; bytes are integers."""
@@ -52,11 +69,15 @@ class MemoryReport:
     def __str__(self) -> str:
         console = Console(width=100, no_color=True, highlight=False)
         with console.capture() as capture:
-            console.print(self.table())
+            for table in self.tables():
+                console.print(table)
         return capture.get().rstrip()
 
-    def table(self) -> Table:
-        """The report as a table."""
+    def tables(self) -> list[Table]:
+        """The report as tables: the parts, and, where there are any, the budgets."""
+        return [self._parts(), *([self._budgets()] if self.budgets else [])]
+
+    def _parts(self) -> Table:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=self._caption(), caption_justify="left")
         table.add_column("part", overflow="fold")
         table.add_column("where")
@@ -88,7 +109,44 @@ class MemoryReport:
                 f"{format_size(self.streamed_bytes)} cross the link per pass"
             )
             lines.append(f"prompts go through a layer in chunks of {self.prefill_chunk} tokens")
+            lines += self._speed()
         return "\n".join(lines)
+
+    def _speed(self) -> list[str]:
+        """What is known of the speed on a GPU."""
+        if not self.streamed_bytes:
+            return ["nothing streams: the link does not bound the speed"]
+        rate, first_token_s = self.forecast.tokens_per_s, self.first_token_s
+        if self.link_bytes_per_s is None or rate is None or first_token_s is None:
+            return ["--link-gbps 25 predicts tok/s: PCIe 4.0 x16 reaches about 25, PCIe 5.0 x16 about 55"]
+        lines = [
+            f"at most {format_rate(rate)} tok/s over a link of {self.link_bytes_per_s / _GB:.1f} GB/s; "
+            f"a prompt's first token takes {first_token_s:.2g} s or more"
+        ]
+        if self.forecast.bound_by == "launches":
+            lines.append("that is the time of launching kernels; the link alone would allow more")
+        if self.staged_bytes:
+            lines.append(
+                f"{format_size(self.staged_bytes)} are read from the files in every pass: their rate may allow less"
+            )
+        return lines
+
+    def _budgets(self) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("--vram")
+        has_staged = any(row.staged_bytes for row in self.budgets)
+        staged = ["from the files per pass"] if has_staged else []
+        for name in ("layers on the GPU", "over the link per pass", *staged, "tok/s at most"):
+            table.add_column(name, justify="right")
+        for row in self.budgets:
+            sizes = [row.streamed_bytes, row.staged_bytes] if has_staged else [row.streamed_bytes]
+            table.add_row(
+                f"{row.vram_bytes / GIB:g}GiB",
+                f"{row.layers_resident} of {self.num_layers}",
+                *(format_size(size) if size else "nothing" for size in sizes),
+                format_rate(row.tokens_per_s) if row.tokens_per_s is not None else "not bound by the link",
+            )
+        return table
 
 
 def build_report(
@@ -97,12 +155,18 @@ def build_report(
     device_peak_bytes: int | None,
     cache: TurboQuantCache | None,
     cache_tokens: int | None = None,
+    *,
+    machine: Machine | None = None,
+    has_budgets: bool = False,
+    lever: Lever | None = None,
 ) -> MemoryReport:
     """The report of a plan, with what was measured where there is a measurement.
 
     Args:
         device_peak_bytes: of the process, or None. cache: of the last generation, made for cache_tokens tokens a row
             (its row then predicts that many, not the plan's context), or None.
+        machine: rates to predict the speed from. has_budgets: say what other budgets would buy, if its link is known.
+        lever: shown as it is.
     """
     request, settings = plan.request, plan.request.cache
     kv_bytes, kv_tokens = plan.kv_bytes, request.context
@@ -121,6 +185,12 @@ def build_report(
     peak = None
     if request.vram_bytes is not None:
         peak = MemoryRow("peak of the process", "device", plan.device_bytes, device_peak_bytes)
+    machine = machine or Machine()
+    link = machine.link_bytes_per_s if peak is not None else None
+    budgets: tuple[BudgetRow, ...] = ()
+    if has_budgets and link is not None:
+        biases = plan.kv_bytes - cache_bytes(architecture, request)
+        budgets = budget_rows(architecture, request, machine, key_bias_bytes=biases)
     return MemoryReport(
         rows=rows,
         device_peak=peak,
@@ -131,4 +201,11 @@ def build_report(
         num_layers=architecture.num_layers,
         streamed_bytes=plan.streamed_bytes,
         prefill_chunk=plan.prefill_chunk,
+        staged_bytes=plan.staged_bytes,
+        link_bytes_per_s=link,
+        reader_bytes_per_s=machine.reader_bytes_per_s,
+        forecast=predict(plan, machine),
+        first_token_s=plan.streamed_bytes / link if link is not None else None,
+        budgets=budgets,
+        lever=lever,
     )

@@ -11,10 +11,17 @@ from streamer.architecture import ABORT_PASS, Architecture, read_parameter
 from streamer.checkpoint import Checkpoint
 from streamer.model import RunSettings, StreamedLayer, assemble
 from streamer.plan import CONTEXT_BYTES, CacheSettings, Plan
+from streamer.rates import link_rate
 from streamer.stats import RunStats
-from streamer.weights import DeviceWeights, MappedWeights, PinnedSource, StagedSource, UnitReader
+from streamer.weights import DeviceWeights, HostWeights, MappedWeights, PieceReader
 from turboquant import KeyBias
 from turboquant.hf import TurboQuantCache, install_cache, remove_cache
+
+# Copies that measure the link: large enough that starting one costs nothing beside it.
+_LINK_BYTES = 64 << 20
+
+# Share of the files in the page cache from which on a first pass is faster than new memory can be page-locked.
+_WARM_SHARE = 0.9
 
 
 class CacheFactory:
@@ -58,6 +65,8 @@ class Runtime:
         plan, architecture: what it was made from. model: transformers' model, ready to generate.
         weights: what its streamed modules wait for. caches: makes what generate uses.
         device: of computation. has_cap: torch's allocator is held to the plan's budget.
+        link_bytes_per_s: of copies from page-locked memory to the device, measured when it was assembled; None where
+            nothing streams.
     """
 
     plan: Plan
@@ -67,6 +76,7 @@ class Runtime:
     caches: CacheFactory
     device: torch.device
     has_cap: bool
+    link_bytes_per_s: float | None = None
 
     def abort(self) -> None:
         """After an error in mid-pass: every unit is where a new pass expects it."""
@@ -108,19 +118,26 @@ def build_runtime(
         torch.cuda.set_per_process_memory_fraction(max(0.0, min(1.0, allowed / total)), device)
     table = read_parameter(architecture.embedding, checkpoint, architecture.model)
     weights: DeviceWeights | MappedWeights
+    link = None
     if device.type == "cpu":
         known = {architecture.head.name: table} if architecture.is_tied else {}
         weights = MappedWeights(checkpoint, architecture.model, plan.units, known)
     else:
-        reader = UnitReader(checkpoint, architecture.model, plan.units)
-        staged = StagedSource(reader)
-        streamed = [i for i in range(len(plan.units)) if i not in plan.resident]
-        source = PinnedSource(reader, streamed) if plan.host == "pinned" and streamed else staged
-        try:
-            weights = DeviceWeights(plan.units, plan.resident, plan.ring_bytes, source, staged, device)
-        except BaseException:
-            source.close()  # ends its readers, which have begun
-            raise
+        reader = PieceReader(checkpoint, architecture.model, plan.units, plan.slot_bytes, direct=plan.direct_io)
+        source = HostWeights(
+            reader,
+            plan.resident,
+            plan.kept,
+            plan.staging_bytes,
+            plan.slot_bytes,
+            device,
+            keeps_late=not plan.direct_io and checkpoint.cached_share() > _WARM_SHARE,
+        )
+        weights = DeviceWeights(plan.units, plan.resident, plan.ring_bytes, source, device)
+        if plan.streamed_bytes:
+            # before anything else uses the link, from the slots to the ring: memory that is there anyway
+            link = link_rate(device, source=source.staging.tensor[:_LINK_BYTES], target=weights.ring)
+        weights.start()
     try:
         model = _assembled(architecture, plan, weights, table, checkpoint, device, stats)
     except BaseException:
@@ -128,7 +145,7 @@ def build_runtime(
         raise
     caches = CacheFactory(architecture.config, plan.request.cache, key_biases)
     install_cache(model, caches.make)
-    runtime = Runtime(plan, architecture, model, weights, caches, device, has_cap)
+    runtime = Runtime(plan, architecture, model, weights, caches, device, has_cap, link)
     abort = weakref.WeakMethod(runtime.abort)
 
     def abort_pass() -> None:

@@ -3,6 +3,7 @@
 Importing this imports neither torch nor transformers: the commands do when they run.
 """
 
+from streamer.cli.bench import bench
 from streamer.cli.doctor import doctor
 from streamer.cli.group import CommandGroup
 from streamer.cli.memory_report import memory_report
@@ -18,7 +19,8 @@ main = CommandGroup(
     Examples:
       tq-stream run Qwen2.5-14B "Explain the tides" --bits 3 --vram 8GiB
       tq-stream memory-report Qwen2.5-14B --context 32768 --vram 24GiB
+      tq-stream bench Qwen2.5-14B --vram 8GiB
       tq-stream doctor
     """,
-    commands=[run, memory_report, doctor],
+    commands=[run, memory_report, bench, doctor],
 )

@@ -22,10 +22,6 @@ _PACKAGES = ("tq-stream", "torch", "transformers", "accelerate", "safetensors", 
 
 _HUB_TIMEOUT_S = 2.0
 
-# Copies to the GPU that are timed: large enough that starting one costs nothing beside it, 4 of them take < 1 s.
-_COPY_BYTES = 256 << 20
-_COPIES = 4
-
 _GB = 10**9  # rates are given in decimal units, as data sheets give them
 
 
@@ -112,6 +108,8 @@ def _gpus() -> tuple[list[dict[str, Any]], str | None]:
         return [], "this torch is built without CUDA"
     if not torch.cuda.is_available():
         return [], f"torch {torch.__version__} sees no CUDA device; is a driver installed, is CUDA_VISIBLE_DEVICES set?"
+    from streamer.rates import link_rate
+
     gpus = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -127,31 +125,13 @@ def _gpus() -> tuple[list[dict[str, Any]], str | None]:
         }
         try:
             gpu["free_bytes"] = torch.cuda.mem_get_info(index)[0]
-            gpu["pinned_gb_per_s"] = _link_rate(index, is_pinned=True)
-            gpu["pageable_gb_per_s"] = _link_rate(index, is_pinned=False)
+            gpu["pinned_gb_per_s"] = link_rate(torch.device("cuda", index), is_pinned=True) / _GB
+            gpu["pageable_gb_per_s"] = link_rate(torch.device("cuda", index), is_pinned=False) / _GB
         except RuntimeError as error:  # no memory left on it, say
             gpu["free_bytes"] = gpu["free_bytes"] or 0
             gpu["link_fault"] = _first_line(error)
         gpus.append(gpu)
     return gpus, None
-
-
-def _link_rate(index: int, *, is_pinned: bool) -> float:
-    """GB/s of the fastest of a few copies from the host to a GPU."""
-    import torch
-
-    source = torch.zeros(_COPY_BYTES, dtype=torch.uint8, pin_memory=is_pinned)
-    with torch.cuda.device(index):
-        target = torch.empty(_COPY_BYTES, dtype=torch.uint8, device="cuda")
-        times_ms = []
-        for _ in range(_COPIES):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            target.copy_(source, non_blocking=is_pinned)
-            end.record()
-            end.synchronize()
-            times_ms.append(start.elapsed_time(end))
-    return float(_COPY_BYTES / min(times_ms) * 1000 / _GB)
 
 
 def _hub_cache() -> Path:

@@ -1,6 +1,7 @@
 """tq-stream memory-report: where the bytes of a run would be, before any is taken; and where they were, measured."""
 
 import json
+import math
 import random
 import sys
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,16 @@ _MEASURED_NEW_TOKENS = 8
 # Context of --measure when none is asked for: seconds rather than minutes on a processor.
 _MEASURED_CONTEXT = 512
 
+_GB = 10**9
+
 # Columns of a table that goes into a file or a pipe.
 _WIDTH_WITHOUT_TERMINAL = 100
+
+
+def _finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a rate: write GB/s, as in 25")
+    return value
 
 
 @click.command("memory-report", context_settings=CONTEXT_SETTINGS)
@@ -35,24 +44,34 @@ _WIDTH_WITHOUT_TERMINAL = 100
     allow_from_autoenv=False,
     help=f"Also run random tokens that fill --context ({_MEASURED_CONTEXT} if not given), and print what it took.",
 )
+@click.option(
+    "--link-gbps",
+    type=click.FloatRange(min=0, min_open=True),
+    callback=_finite,
+    metavar="G",
+    help="Rate of the link to the GPU in GB/s (10^9 bytes), to predict tokens per second from.  [default: measured, "
+    "if this machine has that GPU]",
+)
 @click.option("--json", "as_json", is_flag=True, allow_from_autoenv=False, help="Print JSON; sizes are bytes.")
-def memory_report(model: str, measure: bool, as_json: bool, **engine_arguments: Any) -> None:
-    """Show where the bytes of a run of MODEL would be.
+def memory_report(model: str, measure: bool, link_gbps: float | None, as_json: bool, **engine_arguments: Any) -> None:
+    """Show where the bytes of a run of MODEL would be, and how fast it could be.
 
     Only the headers of the checkpoint are read. With --vram the plan is for a GPU of that size, whether this machine
-    has one or not; without it, for this machine. MODEL and TQ_STREAM_<OPTION> are as in tq-stream run.
+    has one or not; without it, for this machine. With the rate of the link, what other sizes would buy stands below.
+    MODEL and TQ_STREAM_<OPTION> are as in tq-stream run.
 
     \b
     Examples:
       tq-stream memory-report Qwen2.5-14B --context 32768 --bits 3 --vram 24GiB
+      tq-stream memory-report Qwen2.5-14B --vram 24GiB --link-gbps 25
       tq-stream memory-report ./my-model --device cpu --measure
     """
     with Screen(shows_progress=True) as screen, quiet_libraries(hide_progress=False):
-        report, peak_host_bytes, notes = _report(model, measure, screen, engine_arguments)
+        report, peak_host_bytes, notes = _report(model, measure, link_gbps, screen, engine_arguments)
     if as_json:
         click.echo(json.dumps(report.as_dict() | {"peak_host_bytes": peak_host_bytes, "notes": notes}))
         return
-    _print_table(report)
+    _print_tables(report)
     if peak_host_bytes is not None:
         click.echo(
             f"measured peak of the process in host memory, mapped files included: {format_size(peak_host_bytes)}"
@@ -60,12 +79,14 @@ def memory_report(model: str, measure: bool, as_json: bool, **engine_arguments: 
 
 
 def _report(
-    model: str, measure: bool, screen: Screen, engine_arguments: dict[str, Any]
+    model: str, measure: bool, link_gbps: float | None, screen: Screen, engine_arguments: dict[str, Any]
 ) -> tuple["MemoryReport", int | None, list[str]]:
     """The report, the measured peak of host memory if there is one, and the automatic choices made."""
+    device, vram = engine_arguments["device"], engine_arguments["vram"]
+    _check_link(link_gbps, device, vram)
     from streamer.engine import StreamingEngine, plan_report
 
-    device, vram = engine_arguments["device"], engine_arguments["vram"]
+    given = link_gbps * _GB if link_gbps is not None else None
     if vram is not None and (device or "cuda").startswith("cuda") and not measure:
         notes: list[str] = []
 
@@ -74,16 +95,52 @@ def _report(
             screen.line(line)
 
         wanted = {name: value for name, value in engine_arguments.items() if name != "device"}
-        return plan_report(model, on_note=note, **wanted), None, notes
+        link = given if given is not None else _link_here(device, vram)
+        return plan_report(model, on_note=note, link_bytes_per_s=link, **wanted), None, notes
     if measure and engine_arguments["context"] is None:
         engine_arguments = engine_arguments | {"context": _MEASURED_CONTEXT}
     with StreamingEngine(model, on_note=screen.line, **engine_arguments) as engine:
-        if not measure:
-            return engine.memory_report(), None, engine.stats.notes
-        return (*_measured(engine, engine_arguments["context"], screen), engine.stats.notes)
+        peak = _measured(engine, engine_arguments["context"], screen) if measure else None
+        link = given if given is not None else engine.link_bytes_per_s
+        if link is None and device != "cpu":
+            link = _link_here(device, 0)
+        return engine.memory_report(link_bytes_per_s=link), peak, engine.stats.notes
 
 
-def _measured(engine: "StreamingEngine", context: int, screen: Screen) -> tuple["MemoryReport", int]:
+def _check_link(link_gbps: float | None, device: str | None, vram: int | None) -> None:
+    """A rate that nothing would use is wrong usage."""
+    if link_gbps is None:
+        return
+    if device is None and vram is None:
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        raise click.UsageError(
+            "--link-gbps is the rate of the link to a GPU, and this report is for the CPU: give --vram SIZE, without "
+            "--device cpu"
+        )
+
+
+def _link_here(device: str | None, vram_bytes: int) -> float | None:
+    """The link of this machine's GPU, measured; None without a GPU, or if the report is for a larger one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    here = torch.device(device or "cuda")
+    if (here.index or 0) >= torch.cuda.device_count() or vram_bytes > torch.cuda.mem_get_info(here)[1]:
+        return None
+    from streamer.rates import link_rate
+
+    try:
+        return link_rate(here)
+    except RuntimeError:  # no memory left for a copy, or page-locked memory refused: the plan is still worth showing
+        return None
+
+
+def _measured(engine: "StreamingEngine", context: int, screen: Screen) -> int:
+    """Runs the model; the peak of host memory, in bytes."""
     from streamer.cli.summary import peak_host_bytes
 
     context = min(context, engine.max_context)
@@ -94,10 +151,12 @@ def _measured(engine: "StreamingEngine", context: int, screen: Screen) -> tuple[
     ids = random.Random(0).choices(range(vocab_size), k=context - new_tokens)
     engine.stats.on_progress = screen.prefill
     engine.generate_ids(ids, max_new_tokens=new_tokens, temperature=0)
-    return engine.memory_report(), peak_host_bytes()
+    return peak_host_bytes()
 
 
-def _print_table(report: "MemoryReport") -> None:
+def _print_tables(report: "MemoryReport") -> None:
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL).print(report.table())
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL)
+    for table in report.tables():
+        console.print(table)

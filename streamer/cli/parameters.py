@@ -77,7 +77,11 @@ _ENGINE_OPTIONS = (
         help='Layers whose cache stays uncompressed, e.g. "0,-1" (negative: from the last).',
     ),
     click.option("--vram", type=SIZE, help="GPU memory of the whole process, e.g. 8GiB.  [default: what is free]"),
-    click.option("--ram", type=SIZE, help="Host memory for weights, e.g. 32GiB.  [default: 90 % of what is free]"),
+    click.option(
+        "--ram",
+        type=SIZE,
+        help="Host memory of the process, pages of files apart, e.g. 32GiB.  [default: 90 % of what is free]",
+    ),
     click.option(
         "--context",
         type=TOKENS,
@@ -90,6 +94,11 @@ _ENGINE_OPTIONS = (
         "--resident",
         type=click.IntRange(min=0),
         help="Layers that stay on the GPU; 0 streams every layer.  [default: as many as fit]",
+    ),
+    click.option(
+        "--direct-io/--no-direct-io",
+        default=None,
+        help="Read weights around the page cache.  [default: where it could not hold what is read in every pass]",
     ),
     click.option("--offline", is_flag=True, help="Never use the network; HF_HUB_OFFLINE=1 does the same."),
 )

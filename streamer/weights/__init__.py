@@ -1,6 +1,7 @@
 """Weights on their way: host memory, the ring on the device, and who may read which bytes when."""
 
-from streamer.weights.device import DeviceWeights
-from streamer.weights.host import MappedWeights, PinnedSource, StagedSource, UnitReader, UnitSource
+from streamer.weights.device import DeviceWeights, UnitSource
+from streamer.weights.host import HostWeights, MappedWeights
+from streamer.weights.pieces import PieceReader
 
-__all__ = ["DeviceWeights", "MappedWeights", "PinnedSource", "StagedSource", "UnitReader", "UnitSource"]
+__all__ = ["DeviceWeights", "HostWeights", "MappedWeights", "PieceReader", "UnitSource"]

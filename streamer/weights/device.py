@@ -3,18 +3,42 @@
     copy stream      |copy 3.mlp |copy 4.attn|copy 4.mlp |copy 5.attn|   each waits for the unit whose bytes it takes
     compute stream      |2.mlp|3.attn|    |3.mlp|4.attn|    |4.mlp|      each waits for its own copy
 
-All copies are issued by the thread that computes: when a unit is released, the next copies that now have room are
-queued. No copy or layer synchronises the device.
+When a unit is released, the copies that now have room are asked for; those from page-locked memory are queued on the
+spot, by the thread that computes, the others once reader threads have their bytes. No copy or layer synchronises the
+device.
 """
 
+import threading
+import time
+import weakref
 from collections.abc import Collection, Sequence
+from typing import Protocol
 
 import torch
 
 from streamer.architecture import Parameter, Unit
 from streamer.errors import StreamerError
-from streamer.weights.host import UnitSource
-from streamer.weights.schedule import schedule_ring
+from streamer.schedule import schedule_ring
+
+
+class UnitSource(Protocol):
+    """Where the bytes of units come from (HostWeights).
+
+    Attributes:
+        arrived: for each unit, an event in the copy stream after its last load; empty on the CPU.
+        is_settled: what is to be kept in memory is there.
+    """
+
+    arrived: list[torch.cuda.Event]
+
+    @property
+    def is_settled(self) -> bool: ...
+    def start(self, places: Sequence[torch.Tensor], stream: torch.cuda.Stream | None) -> None: ...
+    def grant(self, unit: int) -> None: ...
+    def is_queued(self, unit: int, loads: int) -> bool: ...
+    def wait(self, unit: int, loads: int) -> None: ...
+    def restart(self) -> None: ...
+    def close(self) -> None: ...
 
 
 class DeviceWeights:
@@ -24,8 +48,12 @@ class DeviceWeights:
         units: of a pass, in the order of use.
         resident: indices of units that stay; the others go through the ring.
         ring_bytes: size of the ring; at least the largest layer's streamed units together.
-        streamed_source, resident_source: where bytes come from.
+        source: where bytes come from.
         device: a CUDA device, or the CPU (copies are then synchronous).
+
+    Attributes:
+        bytes_moved: to the device so far.
+        blocked_s: seconds for which the computing thread has waited until bytes had been read.
     """
 
     def __init__(
@@ -33,12 +61,11 @@ class DeviceWeights:
         units: Sequence[Unit],
         resident: Collection[int],
         ring_bytes: int,
-        streamed_source: UnitSource,
-        resident_source: UnitSource,
+        source: UnitSource,
         device: torch.device,
     ):
         self._units, self._device = units, device
-        self._sources = {True: resident_source, False: streamed_source}
+        self._source: UnitSource | None = source
         self._resident = [i in resident for i in range(len(units))]
         self._streamed = [i for i in range(len(units)) if not self._resident[i]]
         held_bytes = sum(units[i].nbytes for i in sorted(resident))
@@ -57,16 +84,29 @@ class DeviceWeights:
                 start = self._schedule.offsets[self._slot[i]]
                 self._places.append(self.ring[start : start + unit.nbytes])
         self._loaded = [False] * len(units)  # resident units that have arrived
-        self._issued = [0] * len(self._streamed)  # copies queued so far, by slot
+        self._issued = [0] * len(self._streamed)  # copies asked for so far, by slot
         self._released = [0] * len(self._streamed)
         self._next = 0
         self.bytes_moved = 0
+        self.blocked_s = 0.0
         is_cuda = device.type == "cuda"
         self._copy_stream = torch.cuda.Stream(device) if is_cuda else None
-        if self._copy_stream is not None:  # the ring was allocated on the stream that computes
-            self._copy_stream.wait_stream(torch.cuda.current_stream(device))
-        self._ready = [torch.cuda.Event() for _ in self._streamed] if is_cuda else []
         self._free = [torch.cuda.Event() for _ in self._streamed] if is_cuda else []
+        # threads of the source would keep it, and the ring, for ever if nobody called close
+        self._end_source = weakref.finalize(self, _abandon, source)
+
+    def start(self) -> None:
+        """Begin to fill the residents and the ring."""
+        if self._copy_stream is not None:  # both were allocated on the stream that computes
+            self._copy_stream.wait_stream(torch.cuda.current_stream(self._device))
+        if self._source is not None:
+            self._source.start(self._places, self._copy_stream)
+        self.run_ahead()
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the source has all units in memory that it is to keep there."""
+        return self._source is not None and self._source.is_settled
 
     def parameter(self, unit: int, parameter: Parameter) -> torch.Tensor:
         """The view that a parameter of a unit is bound to, once: its place never changes."""
@@ -80,22 +120,32 @@ class DeviceWeights:
         return not self._resident[unit]
 
     def wait(self, unit: int) -> None:
-        """Let the compute stream wait until the unit's bytes have arrived; queue copies that are due.
+        """Let the compute stream wait until the unit's bytes have arrived; ask for copies that are due.
 
         Raises:
             StreamerError: the engine has been closed.
+            CheckpointError: a file could not be read.
         """
-        if not self._sources:
+        if self._source is None:
             raise StreamerError("the engine of this model has been closed; ask it for its model again")
+        loads = 1
         if self._resident[unit]:
-            if not self._loaded[unit]:
-                self._load_resident(unit)
-            return
-        slot = self._slot[unit]
-        while self._issued[slot] <= self._released[slot]:
-            self._issue()
+            if self._loaded[unit]:
+                return
+        else:
+            slot = self._slot[unit]
+            while self._issued[slot] <= self._released[slot]:
+                self._issue()
+            loads = self._issued[slot]
+        if not self._source.is_queued(unit, loads):
+            start = time.perf_counter()
+            self._source.wait(unit, loads)
+            self.blocked_s += time.perf_counter() - start
         if self._copy_stream is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._ready[slot])
+            torch.cuda.current_stream(self._device).wait_event(self._source.arrived[unit])
+        if self._resident[unit]:
+            self._loaded[unit] = True
+            self.bytes_moved += self._units[unit].nbytes
 
     def release(self, unit: int) -> None:
         """The computation that reads the unit is queued; its bytes may be overwritten after it."""
@@ -108,8 +158,8 @@ class DeviceWeights:
         self.run_ahead()
 
     def run_ahead(self) -> None:
-        """Queue every copy whose place is free and whose bytes are at hand; past the end of a pass, the next one."""
-        while self._streamed and self._has_room() and self._sources[False].is_ready(self._streamed[self._next]):
+        """Ask for every copy whose place is free; past the end of a pass, for those of the next one."""
+        while self._streamed and self._has_room():
             self._issue()
 
     def _has_room(self) -> bool:
@@ -120,31 +170,26 @@ class DeviceWeights:
         )
 
     def _issue(self) -> None:
-        """Queue the next copy of the cycle."""
+        """Ask for the next copy of the cycle."""
         slot = self._next
         if not self._has_room():
             raise RuntimeError("the ring is too small for a layer: a unit was waited for before its place was free")
+        assert self._source is not None  # noqa: S101  wait says that it was closed
+        if self._copy_stream is not None:
+            for other in self._schedule.conflicts[slot]:
+                if self._released[other]:
+                    self._copy_stream.wait_event(self._free[other])
         unit = self._streamed[slot]
-        if self._copy_stream is None:
-            self._sources[False].send(unit, self._places[unit])
-        else:
-            with torch.cuda.stream(self._copy_stream):
-                for other in self._schedule.conflicts[slot]:
-                    if self._released[other]:
-                        self._copy_stream.wait_event(self._free[other])
-                self._sources[False].send(unit, self._places[unit])
-                self._ready[slot].record(self._copy_stream)
+        self._source.grant(unit)
         self._issued[slot] += 1
         self.bytes_moved += self._units[unit].nbytes
         self._next = (slot + 1) % len(self._streamed)
 
-    def _load_resident(self, unit: int) -> None:
-        self._sources[True].send(unit, self._places[unit])
-        self._loaded[unit] = True
-        self.bytes_moved += self._units[unit].nbytes
-
     def abort(self) -> None:
-        """After an error in mid-pass: forget what was queued, so that the next pass starts at the first unit."""
+        """After an error in mid-pass: forget what was asked for, so that the next pass starts at the first unit."""
+        if self._source is None:
+            return
+        self._source.restart()
         if self._copy_stream is not None:
             torch.cuda.synchronize(self._device)
         self._issued = [0] * len(self._streamed)
@@ -155,8 +200,17 @@ class DeviceWeights:
         """Wait for copies under way, then release host and device memory."""
         if self._copy_stream is not None:
             torch.cuda.synchronize(self._device)
-        for source in self._sources.values():
-            source.close()
-        self._sources = {}  # they refer to the model, whose gates refer to this
+        if self._source is not None:
+            self._end_source.detach()
+            self._source.close()
+        self._source = None
         self._places = []
         self.ring = self.resident_bytes = torch.empty(0, dtype=torch.uint8)
+
+
+def _abandon(source: UnitSource) -> None:
+    """Close a source that nobody closed; in a thread of its own, for the collector may run in one that close joins."""
+    try:
+        threading.Thread(target=source.close, name="tq-stream-close").start()
+    except RuntimeError:  # the interpreter is ending, and its main thread runs this
+        source.close()

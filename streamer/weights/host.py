@@ -1,237 +1,482 @@
-"""The host's side of the stream: bytes of a unit, from the files to memory that the device can read.
+"""The host's side of the stream: from the files, through page-locked memory, to the device.
 
-A source fills units in the order of a pass. Which source serves a run is the plan's choice:
-    MappedWeights   CPU runs: parameters are views on the files' maps; nothing is copied.
-    PinnedSource    reads each unit once, by threads and ahead of its use, into page-locked memory, and keeps it.
-    StagedSource    reads each unit each time, into a few page-locked slots: for hosts with less memory than model.
+    files ──reader threads──> slots (page-locked, used again and again) ──copy──> a unit's place on the device
+                         └──> segments (page-locked, kept)              ──copy──>
+
+Every unit passes once, in the order of a pass, residents too: the first pass runs while the memory fills. Units that
+the plan keeps go into segments as soon as those are page-locked, and come from there ever after; until then, and
+units that are not kept in every pass, go through the slots. A pass therefore never waits for memory to be prepared.
+
+A copy is queued when two things have happened, in either order: the piece has been read (by a reader thread), and its
+place on the device is free in the copy stream (`grant`, called by the thread that computes). Whoever comes second
+queues it. All state is under one lock; reads and copies run outside of it.
 """
 
 import logging
-import mmap
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+import os
+import threading
+from collections import deque
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
 
 from streamer.architecture import Parameter, Unit, read_parameter
 from streamer.checkpoint import Checkpoint
+from streamer.options import MIB, format_size
+from streamer.weights.memory import HostMemory
+from streamer.weights.pieces import Piece, PieceReader
 
 logger = logging.getLogger("streamer")
 
-# Threads that read files: enough to keep one NVMe disk or the page cache busy (4 reach 4 to 6.6 GB/s, 1 reaches 2).
-READER_THREADS = 4
-
-_SEGMENT_BYTES = 2 << 30
+# Pages of kept units are locked in segments of at least this: small enough that the first ones are ready at once.
+_SEGMENT_BYTES = 256 * MIB
 
 
-class UnitSource(Protocol):
-    """Gives the bytes of units to the device."""
-
-    def is_ready(self, unit: int) -> bool:
-        """Whether `send` would return without waiting for a read."""
-        ...
-
-    def send(self, unit: int, target: torch.Tensor) -> None:
-        """Copy unit's bytes to target [nbytes] uint8, on the current stream if target is on a GPU."""
-        ...
-
-    def close(self) -> None:
-        """End threads and release memory."""
-        ...
+def reader_threads() -> int:
+    """Threads that read files: 12 of 16 cores carry 42 GB/s from the page cache to the device, 8 or 16 less [H100]."""
+    return max(4, min(12, (os.cpu_count() or 4) * 3 // 4))
 
 
-class UnitReader:
-    """Reads units from the checkpoint into host memory, laid out as the device wants them."""
+@dataclass
+class _Filled:
+    """Bytes that were read: offsets in the unit and views; the slot that holds them, or None."""
 
-    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, units: Sequence[Unit]):
-        self.checkpoint, self.model, self.units = checkpoint, model, units
+    views: list[tuple[int, torch.Tensor]]
+    slot: int | None
 
-    def values(self, unit: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """Offset in the unit and value of each parameter (a view on the map where it is stored as it runs)."""
-        wanted = self.units[unit]
-        for parameter, offset in zip(wanted.parameters, wanted.offsets, strict=True):
-            value = read_parameter(parameter, self.checkpoint, self.model)
-            yield offset, value if wanted.rows is None else value[wanted.rows[0] : wanted.rows[1]]
 
-    def read(self, unit: int, target: torch.Tensor) -> None:
-        """Fill target [nbytes] uint8 on the host with the unit's parameters at their offsets."""
-        wanted = self.units[unit]
-        if wanted.rows is None and all(p.conversion is None and p.is_stored_as_run for p in wanted.parameters):
-            for parameter, offset in zip(wanted.parameters, wanted.offsets, strict=True):
-                self.checkpoint.read_into(parameter.sources[-1], target[offset : offset + parameter.nbytes])
+@dataclass
+class _Load:
+    """One unit on its way to the device in one pass.
+
+    Attributes:
+        unit: its index. cycle: the pass. into: where its bytes are kept, or None.
+        unread, unqueued: pieces still to be read, and to be queued for copying.
+        is_granted: its place on the device is free in the copy stream.
+        waiting: pieces that were read before that.
+    """
+
+    unit: int
+    cycle: int
+    into: torch.Tensor | None
+    unread: int
+    unqueued: int
+    is_granted: bool
+    waiting: list[_Filled] = field(default_factory=list)
+
+
+class HostWeights:
+    """Gives the bytes of units to the device, in the order of a pass, for ever.
+
+    Args:
+        reader: of the units' pieces.
+        resident: units that go to the device once. kept: streamed units that stay in page-locked memory.
+        staging_bytes: of the slots together. slot_bytes: of one; those of the reader's pieces.
+        device: a CUDA device, or the CPU (nothing is page-locked and copies are synchronous).
+        keeps_late: leave the first pass to the slots, and begin to page-lock memory for the kept units after it. New
+            memory comes at 2 to 5 GB/s and slows readers down while it comes [H100]: a disk does not notice, the page
+            cache does.
+        threads: that read.
+    """
+
+    def __init__(
+        self,
+        reader: PieceReader,
+        resident: Collection[int],
+        kept: Collection[int],
+        staging_bytes: int,
+        slot_bytes: int,
+        device: torch.device,
+        *,
+        keeps_late: bool = False,
+        threads: int | None = None,
+    ):
+        units = reader.units
+        self._reader, self._device, self._is_cuda = reader, device, device.type == "cuda"
+        self._units = units
+        self._is_resident = [i in resident for i in range(len(units))]
+        self._streamed = [i for i in range(len(units)) if not self._is_resident[i]]
+        self._kept = [i for i in self._streamed if i in kept]
+        self._threads, self._keeps_late = threads or reader_threads(), keeps_late
+        # one lock, and two kinds of waiting: readers for a slot or a place in the order, the others for progress.
+        # Waking every reader at every step kept 16 of them busy with nothing else: 11 GB/s instead of 28 [H100].
+        self._lock = threading.Lock()
+        self._wakes, self._progress = threading.Condition(self._lock), threading.Condition(self._lock)
+        self._workers: list[threading.Thread] = []
+        self._stops = self._pauses = self._is_done = False
+        self._alive = self._busy = 0  # reader threads, and those of them that have a piece in hand
+        self._error: BaseException | None = None
+        # memory
+        self._slot_bytes = slot_bytes
+        self.staging = self._make_staging(max(staging_bytes, slot_bytes))
+        count = self.staging.tensor.numel() // slot_bytes
+        self._slots = [self.staging.tensor[i * slot_bytes : (i + 1) * slot_bytes] for i in range(count)]
+        self._copied = [torch.cuda.Event(blocking=True) for _ in range(count)] if self._is_cuda else []
+        self._free = deque(range(count))
+        self._segments: list[HostMemory] = []
+        self._ready_memory: dict[int, torch.Tensor] = {}  # kept unit -> its bytes, page-locked and not yet filled
+        self._held: dict[int, torch.Tensor] = {}  # kept unit -> its bytes, filled
+        # progress, by unit: loads whose place was granted, loads that are in the copy stream
+        self._granted = [0] * len(units)
+        self._queued = [0] * len(units)
+        self._loads: dict[tuple[int, int], _Load] = {}
+        self._decided: dict[tuple[int, int], bool] = {}
+        self._begin()
+        # the device's side, from `start` on
+        self._places: Sequence[torch.Tensor] = ()
+        self._stream: torch.cuda.Stream | None = None
+        self.arrived = [torch.cuda.Event() for _ in units] if self._is_cuda else []
+
+    def _make_staging(self, nbytes: int) -> HostMemory:
+        memory = HostMemory(nbytes)
+        memory.prepare()
+        if self._is_cuda and not memory.pin():
+            logger.warning("the driver refuses to page-lock host memory: copies go through its bounce buffer")
+        return memory
+
+    def _begin(self) -> None:
+        """The readers' position: before the first unit of the first pass."""
+        self._order = list(range(len(self._units)))
+        self._at = self._pass = 0
+        self._pieces: deque[tuple[_Load, Piece]] = deque()
+        self._filling: set[int] = set()
+
+    # ------------------------------------------------------------ for DeviceWeights
+    @property
+    def host_bytes(self) -> int:
+        """Memory held: slots and segments."""
+        return self.staging.tensor.nbytes + sum(segment.tensor.nbytes for segment in self._segments)
+
+    @property
+    def held_units(self) -> frozenset[int]:
+        """Units that are in page-locked memory by now."""
+        return frozenset(self._held)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether all units that can be kept are in page-locked memory: passes are as fast from here on as they get."""
+        return set(self._held) >= set(self._kept)
+
+    def start(self, places: Sequence[torch.Tensor], stream: torch.cuda.Stream | None) -> None:
+        """Begin to read; places: [nbytes] uint8 on the device for each unit. stream: where copies are queued."""
+        self._places, self._stream = places, stream
+        with self._lock:
+            self._start_workers()
+        if self._kept:
+            thread = threading.Thread(target=self._prepare_segments, name="tq-stream-memory", daemon=True)
+            self._workers.append(thread)
+            thread.start()
+
+    def _has_all(self) -> bool:
+        """Whether the files are not needed any more: residents have arrived, all others are in memory."""
+        return all(self._queued[unit] if kept else unit in self._held for unit, kept in enumerate(self._is_resident))
+
+    def _start_workers(self) -> None:
+        self._alive += self._threads
+        for number in range(self._threads):
+            thread = threading.Thread(target=self._work, name=f"tq-stream-reader-{number}", daemon=True)
+            self._workers.append(thread)
+            thread.start()
+
+    def grant(self, unit: int) -> None:
+        """The next load of a streamed unit may be copied to its place by whatever is queued from here on."""
+        filled: list[_Filled] = []
+        with self._lock:
+            self._resume()
+            cycle = self._granted[unit]
+            self._granted[unit] += 1
+            held = self._held[unit] if self._comes_from_memory(unit, cycle) else None
+            if held is None:
+                load = self._load(unit, cycle)
+                load.is_granted = True
+                filled, load.waiting = load.waiting, []
+        if held is not None:
+            self._copy(unit, [(0, held)])
+            self._arrive(unit)
             return
-        for offset, value in self.values(unit):
-            part = target[offset : offset + value.nbytes]
-            part.view(value.dtype).view(value.shape).copy_(value)
+        for item in filled:
+            self._queue(load, item)
 
+    def is_queued(self, unit: int, loads: int) -> bool:
+        """Whether that many loads of the unit are in the copy stream."""
+        return self._queued[unit] >= loads
 
-class PinnedSegment:
-    """Anonymous host memory of exactly the size asked for, page-locked if the driver allows.
+    def wait(self, unit: int, loads: int) -> None:
+        """Block until that many loads of the unit are in the copy stream.
 
-    torch's pinned allocator rounds each block up to a power of two; registering an anonymous map does not.
-    """
+        Raises:
+            CheckpointError: a file could not be read.
+        """
+        with self._lock:
+            self._resume()
+            while self._queued[unit] < loads:
+                if self._error is not None:
+                    raise self._error
+                if self._stops:
+                    raise RuntimeError("a unit was waited for after the stream of weights was closed")
+                self._progress.wait()
 
-    def __init__(self, nbytes: int):
-        # private: a shared anonymous map is shmem, which gets no huge pages
-        self._map = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
+    def _resume(self) -> None:
+        if self._pauses:
+            self._pauses = False
+            self._wakes.notify_all()
+
+    def restart(self) -> None:
+        """After an error in mid-pass: the next load of each streamed unit is its first again.
+
+        Readers go on when the next pass asks for something: a fault of the files may be mended until then.
+        """
+        with self._lock:
+            self._pauses = True
+            while self._busy:
+                self._progress.wait()
+            for load in self._loads.values():
+                if load.into is not None and load.unread:
+                    self._ready_memory[load.unit] = load.into
+            self._loads.clear()
+            self._decided.clear()
+            self._reader.forget()
+            self._begin()
+            for unit in range(len(self._units)):
+                if not (self._is_resident[unit] and self._queued[unit]):
+                    self._granted[unit] = self._queued[unit] = 0
+            self._free = deque(range(len(self._slots)))
+            self._error = None
+            if self._is_done and not self._has_all():
+                self._is_done = False
+                self._start_workers()
+            self._wakes.notify_all()
+            self._progress.notify_all()
+
+    def close(self) -> None:
+        """End the threads, wait for copies under way, and release the memory."""
+        with self._lock:
+            self._stops = True
+            self._wakes.notify_all()
+            self._progress.notify_all()
+        for thread in self._workers:
+            thread.join()
+        if self._stream is not None:
+            self._stream.synchronize()
+        self._workers, self._places = [], ()
+        self._loads.clear()
+        self._reader.forget()
+        self._held, self._ready_memory, self._slots = {}, {}, []
+        for memory in (self.staging, *self._segments):
+            memory.close()
+        self._segments = []
+
+    # ------------------------------------------------------------ page-locked memory
+    def _prepare_segments(self) -> None:
+        """Page-lock memory for the kept units, in the order of a pass, while passes run."""
+        if self._keeps_late:
+            with self._lock:
+                while not self._stops and not all(self._queued):
+                    self._progress.wait()
+        groups: list[list[int]] = []
+        size = _SEGMENT_BYTES
+        for unit in self._kept:
+            if size >= _SEGMENT_BYTES:
+                groups.append([])
+                size = 0
+            groups[-1].append(unit)
+            size += self._units[unit].nbytes
+        for number, group in enumerate(groups):
+            if self._stops:
+                return
+            memory = self._prepared(sum(self._units[unit].nbytes for unit in group))
+            if memory is None:
+                left = [unit for later in groups[number:] for unit in later]
+                self._give_up(left)
+                return
+            at = 0
+            with self._lock:
+                self._segments.append(memory)
+                for unit in group:
+                    self._ready_memory[unit] = memory.tensor[at : at + self._units[unit].nbytes]
+                    at += self._units[unit].nbytes
+
+    def _prepared(self, nbytes: int) -> HostMemory | None:
+        try:
+            memory = HostMemory(nbytes)
+            memory.prepare()
+        except OSError as error:
+            logger.info("host memory: %s", error)
+            return None
+        if self._is_cuda and not memory.pin():
+            memory.close()
+            return None
+        return memory
+
+    def _give_up(self, units: Sequence[int]) -> None:
+        """Units that there is no page-locked memory for are read from the files in every pass."""
+        lost = sum(self._units[unit].nbytes for unit in units)
+        had = sum(segment.tensor.nbytes for segment in self._segments)
+        logger.warning(
+            "the system page-locks no more than %s of host memory: %s of weights are read from the files in every pass",
+            format_size(had + self.staging.tensor.nbytes),
+            format_size(lost),
+        )
+        with self._lock:
+            self._kept = [unit for unit in self._kept if unit not in set(units)]
+
+    # ------------------------------------------------------------ reader threads
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                task = self._next_task()
+                if task is None:
+                    self._alive -= 1
+                    if not self._alive:
+                        self._release_staging()
+                    return
+                slot, load, piece = task
+                self._busy += 1
             try:
-                self._map.madvise(mmap.MADV_HUGEPAGE)
-            except OSError as error:
-                logger.info("huge pages are not available (%s)", error)
-        self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)[:nbytes]
-        self._registered_bytes = 0
+                self._read(slot, load, piece)
+            except BaseException as error:  # noqa: BLE001  handed to the thread that computes, which raises it
+                with self._lock:
+                    self._error = self._error or error
+                    self._progress.notify_all()
+            finally:
+                with self._lock:
+                    self._busy -= 1
+                    if self._pauses:
+                        self._progress.notify_all()
 
-    @property
-    def is_pinned(self) -> bool:
-        """Whether the device reads it without a bounce buffer."""
-        return bool(self._registered_bytes)
+    def _release_staging(self) -> None:
+        """The files have been read for good: the slots go back to the system once no copy reads them."""
+        while self._loads and self._is_done and not self._stops:
+            self._progress.wait()
+        if self._stops or not self._is_done:
+            return
+        self._slots = []
+        self._free.clear()
+        if self._stream is not None:
+            self._stream.synchronize()
+        self.staging.close()
 
-    def pin(self) -> bool:
-        """Page-lock the memory; call once it is filled (faulting it in first is faster). False if refused."""
-        code = int(torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), len(self._map), 1))  # 1 = portable
-        if code == 0:
-            self._registered_bytes = len(self._map)
-            self._unpin = weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, self.tensor.data_ptr())
-        else:
-            _clear_cuda_error()
-        return code == 0
+    def _next_task(self) -> tuple[int, _Load, Piece] | None:
+        """A free slot and the next piece, waited for under the lock; None when there is nothing more to do.
 
-    def close(self) -> None:
-        """Unlock and unmap; views of the tensor must be gone."""
-        if self._registered_bytes:
-            self._unpin()
-            self._registered_bytes = 0
-        self.tensor = torch.empty(0, dtype=torch.uint8)
+        The slot comes first: pieces then get their slots in the order of the pass, so the one that is waited for is
+        never behind later ones that fill all slots.
+        """
+        while not self._stops and not self._is_done:
+            if not self._pauses and self._error is None and self._free:
+                found = self._next_piece()
+                if found is not None:
+                    return self._free.popleft(), *found
+            if not self._is_done:
+                self._wakes.wait()
+        return None
 
+    def _next_piece(self) -> tuple[_Load, Piece] | None:
+        """The next piece in the order of the passes; None if the readers must wait, or have come to the end."""
+        while not self._pieces:
+            if self._at == len(self._order):
+                if self._filling:
+                    return None  # the next pass depends on what is being kept now
+                if all(unit in self._held for unit in self._streamed):
+                    self._is_done = True
+                    self._wakes.notify_all()
+                    return None
+                self._order, self._at, self._pass = self._streamed, 0, self._pass + 1
+            unit = self._order[self._at]
+            if unit in self._filling:
+                return None
+            if self._is_resident[unit]:
+                if not self._queued[unit]:
+                    self._open(unit, 0, None)
+            elif not self._comes_from_memory(unit, self._pass):
+                self._open(unit, self._pass, self._ready_memory.pop(unit, None))
+            self._at += 1
+        return self._pieces.popleft()
 
-def _clear_cuda_error() -> None:
-    """A refused call leaves its error for the next launch to report: let one report it here."""
-    try:
-        torch.zeros(1, device="cuda")
-    except RuntimeError as error:
-        logger.debug("after a refused registration: %s", error)
+    def _open(self, unit: int, cycle: int, into: torch.Tensor | None) -> None:
+        load = self._load(unit, cycle)
+        if into is not None:
+            load.into = into
+            self._filling.add(unit)
+        self._pieces.extend((load, piece) for piece in self._reader.pieces[unit])
 
+    def _load(self, unit: int, cycle: int) -> _Load:
+        load = self._loads.get((unit, cycle))
+        if load is None:
+            pieces = len(self._reader.pieces[unit])
+            load = _Load(unit, cycle, None, pieces, pieces, is_granted=self._is_resident[unit])
+            self._loads[unit, cycle] = load
+        return load
 
-class PinnedSource:
-    """Keeps the units it is asked to keep in page-locked memory; reader threads fill it in the order of a pass.
+    def _comes_from_memory(self, unit: int, cycle: int) -> bool:
+        """Whether a load is copied from kept memory: decided once, by the grant or by the readers, for both."""
+        decided = self._decided.pop((unit, cycle), None)
+        if decided is None:
+            decided = unit in self._held
+            if not self._is_done:
+                self._decided[unit, cycle] = decided
+        return decided
 
-    The first pass runs while the memory fills: no load phase before the first token. Until a segment is full it is
-    not locked yet, and its copies are synchronous.
-    """
+    def _read(self, slot: int, load: _Load, piece: Piece) -> None:
+        keeps_slot = False
+        try:
+            if self._copied:
+                self._copied[slot].synchronize()  # the copy that read it last; returns at once if there was none
+            views = self._reader.read(piece, self._slots[slot], load.into)
+            keeps_slot = load.into is None
+        finally:
+            if not keeps_slot:
+                with self._lock:
+                    self._free.append(slot)
+                    self._wakes.notify()
+        filled = _Filled(views, slot if keeps_slot else None)
+        with self._lock:
+            load.unread -= 1
+            if not load.unread and load.into is not None:
+                self._held[load.unit] = load.into
+                self._filling.discard(load.unit)
+                self._wakes.notify_all()  # readers may have waited for just this unit
+            if not load.is_granted:
+                load.waiting.append(filled)
+                return
+        self._queue(load, filled)
 
-    def __init__(self, reader: UnitReader, kept: Sequence[int]):
-        sizes = [reader.units[u].nbytes for u in kept]
-        self._places: dict[int, tuple[int, int, int]] = {}  # unit -> segment, offset, bytes
-        segments: list[list[int]] = []
-        at = _SEGMENT_BYTES
-        for unit, size in zip(kept, sizes, strict=True):
-            if at + size > _SEGMENT_BYTES:
-                segments.append([])
-                at = 0
-            self._places[unit] = (len(segments) - 1, at, size)
-            segments[-1].append(unit)
-            at += size
-        self._segments = [PinnedSegment(sum(reader.units[u].nbytes for u in inside)) for inside in segments]
-        self._left = [len(inside) for inside in segments]
-        self._refused = False
-        self._pool = ThreadPoolExecutor(READER_THREADS, thread_name_prefix="tq-stream-reader")
-        self._filled: dict[int, Future[None]] = {
-            unit: self._pool.submit(reader.read, unit, self._bytes_of(unit)) for unit in kept
-        }
-        self._counted: set[int] = set()
+    def _queue(self, load: _Load, filled: _Filled) -> None:
+        """Queue the copy of a piece to its unit's place."""
+        self._copy(load.unit, filled.views)
+        with self._lock:
+            if filled.slot is not None:
+                if self._stream is not None:
+                    self._copied[filled.slot].record(self._stream)
+                self._free.append(filled.slot)
+                self._wakes.notify()
+            load.unqueued -= 1
+            if not load.unqueued:
+                del self._loads[load.unit, load.cycle]
+                self._arrive(load.unit)
+                self._progress.notify_all()
 
-    @property
-    def nbytes(self) -> int:
-        """Host memory held."""
-        return sum(segment.tensor.nbytes for segment in self._segments)
+    def _copy(self, unit: int, views: Sequence[tuple[int, torch.Tensor]]) -> None:
+        place = self._places[unit]
+        with torch.cuda.stream(self._stream):
+            for at, view in views:
+                place[at : at + view.numel()].copy_(view, non_blocking=True)
 
-    @property
-    def is_pinned(self) -> bool:
-        """Whether every segment is page-locked by now."""
-        return all(segment.is_pinned for segment in self._segments)
-
-    def _bytes_of(self, unit: int) -> torch.Tensor:
-        segment, at, size = self._places[unit]
-        return self._segments[segment].tensor[at : at + size]
-
-    def is_ready(self, unit: int) -> bool:
-        """Whether the unit has been read."""
-        return self._filled[unit].done()
-
-    def send(self, unit: int, target: torch.Tensor) -> None:
-        """Copy to the device; waits for the read in the first pass only."""
-        if unit not in self._counted:
-            self._filled[unit].result()
-            self._counted.add(unit)
-            segment = self._places[unit][0]
-            self._left[segment] -= 1
-            if not self._left[segment] and target.is_cuda and not self._segments[segment].pin() and not self._refused:
-                self._refused = True
-                logger.warning("the driver refuses to page-lock host memory: copies go through its bounce buffer")
-        target.copy_(self._bytes_of(unit), non_blocking=True)
-
-    def close(self) -> None:
-        """End the readers and release the memory."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        for segment in self._segments:
-            segment.close()
-        self._segments, self._places, self._filled = [], {}, {}
-
-
-class StagedSource:
-    """Reads each unit each time, through a few page-locked slots.
-
-    For hosts with less memory than streamed weights, and for units that are copied once and stay on the device.
-    """
-
-    SLOTS, SLOT_BYTES = 4, 64 << 20  # a power of two each: torch's pinned allocator rounds up to one
-
-    def __init__(self, reader: UnitReader):
-        self._reader = reader
-        self._slots: list[torch.Tensor] = []  # taken at the first send: not every run sends anything this way
-        self._copied: list[torch.cuda.Event] = []
-        self._next = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Host memory held."""
-        return sum(slot.nbytes for slot in self._slots)
-
-    def is_ready(self, unit: int) -> bool:
-        """Never: every send reads."""
-        return False
-
-    def send(self, unit: int, target: torch.Tensor) -> None:
-        """Copy the unit to the device, a slot at a time; a slot is filled again when its last copy has ended."""
-        if not self._slots:
-            self._slots = [torch.empty(self.SLOT_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(self.SLOTS)]
-            self._copied = [torch.cuda.Event() for _ in range(self.SLOTS)]
-        for offset, value in self._reader.values(unit):
-            source = value.reshape(-1).view(torch.uint8)
-            for start in range(0, source.numel(), self.SLOT_BYTES):
-                piece = source[start : start + self.SLOT_BYTES]
-                index, self._next = self._next, (self._next + 1) % self.SLOTS
-                self._copied[index].synchronize()
-                slot = self._slots[index][: piece.numel()]
-                slot.copy_(piece)
-                target[offset + start : offset + start + piece.numel()].copy_(slot, non_blocking=True)
-                self._copied[index].record(torch.cuda.current_stream(target.device))
-
-    def close(self) -> None:
-        """Release the slots."""
-        for event in self._copied:
-            event.synchronize()
-        self._slots, self._copied = [], []
+    def _arrive(self, unit: int) -> None:
+        """All copies of a load are queued: what waits for `arrived` from here on reads the unit's bytes."""
+        if self._stream is not None:
+            self.arrived[unit].record(self._stream)
+        self._queued[unit] += 1
 
 
 class MappedWeights:
     """Weights of a run on the CPU: parameters are views on the map, so waiting and releasing are no work."""
 
     bytes_moved = 0
+    blocked_s = 0.0
+    is_settled = True
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,17 @@ from streamer import StreamingEngine
 from streamer.cli import main
 from streamer.cli.group import as_click_error
 from streamer.cli.screen import Screen
+from streamer.cli.summary import RunSummary, summarize
+from streamer.engine import plan_report
 from streamer.errors import OptionError
+from streamer.forecast import Lever
 from streamer.options import parse_size
+from streamer.report import MemoryReport
+from streamer.stats import RunStats
 
 PROMPT = "The tide rises, the tide falls"  # 30 tokens: the tokenizer's are bytes
 SUMMARY = re.compile(
-    r"prompt 30 tokens, [\d.]+ tok/s \| answer 5 tokens, [\d.]+ tok/s \| peak memory [\d.]+ [MG]iB "
+    r"prompt 30 tokens in [\d.]+ s, [\d.]+ tok/s \| answer 5 tokens, [\d.]+ tok/s \| peak memory [\d.]+ [MG]iB "
     r"\| KV cache [\d.]+ KiB\n"
 )
 
@@ -71,6 +77,13 @@ def run_tiny(tiny: Path, *arguments: str | Path, **options: Any) -> Result:
         (["run", "m"], "the prompt from standard input is empty"),
         (["memory-report"], "Missing argument 'MODEL'"),
         (["memory-report", "m", "--vram", "lots"], "'lots' is not a size"),
+        (["memory-report", "m", "--link-gbps", "0"], "0.0 is not in the range x>0"),
+        (["memory-report", "m", "--link-gbps", "inf"], "inf is not a rate: write GB/s, as in 25"),
+        (
+            ["memory-report", "m", "--link-gbps", "25", "--device", "cpu"],
+            "--link-gbps is the rate of the link to a GPU",
+        ),
+        (["memory-report", "m", "--link-gbps", "25"], "this report is for the CPU: give --vram SIZE"),
         (["doctor", "--jsn"], "No such option '--jsn'. Did you mean '--json'?"),
     ],
 )
@@ -117,6 +130,114 @@ def test_run_streams_the_answer_to_stdout_and_ends_with_the_figures(tiny: Path) 
     assert SUMMARY.fullmatch(result.stderr)
 
 
+def test_run_of_one_token_has_no_rate_of_decoding(tiny: Path) -> None:
+    result = run_tiny(tiny, PROMPT, "--max-new-tokens", "1")
+    assert re.search(r"tok/s \| answer 1 token \| peak memory", result.stderr)
+    assert len(result.stderr.splitlines()) == 1
+
+
+SUMMARY_7B = RunSummary(
+    prompt_tokens=512,
+    new_tokens=64,
+    prefill_s=0.25,
+    decode_s=15.0,
+    prefill_tokens_per_s=2048.0,
+    decode_tokens_per_s=4.2,
+    link_bytes=900 * 10**9,
+    peak_device_bytes=5 << 29,
+    peak_host_bytes=1 << 30,
+    kv_cache_bytes=98 << 20,
+    passes=64,
+    decode_link_bytes=816 * 10**9,
+    link_bytes_per_s=54.9e9,
+    link_share=0.991,
+    bound_by="link",
+    next_lever="--vram 8GiB",
+    next_lever_effect="keeps 12 of 28 layers on the GPU",
+    next_lever_tokens_per_s=7.56,
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "next: --vram 8GiB keeps 12 of 28 layers on the GPU: about 7.6 tok/s"),
+        (
+            {
+                "bound_by": "reader",
+                "reader_bytes_per_s": 23e9,
+                "next_lever": "--ram 20GiB",
+                "next_lever_effect": "keeps the streamed weights in memory",
+                "next_lever_tokens_per_s": 4.2,
+            },
+            "bound by reading the files (23.0 GB/s): --ram 20GiB keeps the streamed weights in memory: about 4.2 tok/s",
+        ),
+        (
+            {"bound_by": "launches", "layer_s": 0.7e-3, "next_lever": None, "next_lever_effect": "nothing streams"},
+            "bound by launching kernels (0.7 ms a layer on the host): nothing streams",
+        ),
+        (
+            {"next_lever": None, "next_lever_effect": "no single option gains 5 % or more"},
+            "bound by the link: no single option gains 5 % or more",
+        ),
+        (
+            {"bound_by": "computing", "next_lever": None, "next_lever_effect": "moving fewer bytes gains nothing"},
+            "bound by computing: moving fewer bytes gains nothing",
+        ),
+    ],
+    ids=["link", "reader", "launches", "no lever", "computing"],
+)
+def test_closing_line_on_a_gpu_says_how_close_it_came_and_what_gains_most(
+    changes: dict[str, Any], expected: str
+) -> None:
+    first, second = replace(SUMMARY_7B, **changes).line().splitlines()
+    assert first == (
+        "prompt 512 tokens in 0.25 s, 2048.0 tok/s | answer 64 tokens, 4.20 tok/s | "
+        "link 54.4 GB/s, 99 % of the 54.9 measured | peak GPU memory 2.5 GiB | KV cache 98.0 MiB"
+    )
+    assert second == expected
+
+
+def test_closing_line_leaves_out_what_was_not_measured() -> None:
+    unknown = {"link_bytes_per_s": None, "link_share": None, "bound_by": None}
+    assert "| link 54.4 GB/s | peak" in replace(SUMMARY_7B, **unknown).line()
+    assert len(replace(SUMMARY_7B, **unknown).line().splitlines()) == 1
+    resident = replace(SUMMARY_7B, **unknown, decode_link_bytes=0)
+    assert "link" not in resident.line()
+    nothing = replace(resident, new_tokens=0, prefill_s=0.0, decode_s=0.0, decode_tokens_per_s=0.0)
+    assert nothing.line() == "prompt 512 tokens | answer 0 tokens | peak GPU memory 2.5 GiB | KV cache 98.0 MiB"
+
+
+class FakeGpu:
+    """An engine whose last generation ran on a GPU: 2 passes of 1 GB in 4 s over a link of 0.6 GB/s."""
+
+    link_bytes_per_s = 0.6e9
+
+    def __init__(self, report: MemoryReport):
+        self.stats = RunStats(num_layers=3)
+        self.stats.start(30)
+        self.stats.new_tokens, self.stats.prefill_s, self.stats.decode_s = 3, 0.5, 4.0
+        self.stats.bytes_moved, self.stats.decode_bytes = 4 * 10**9, 2 * 10**9
+        self._report = report
+
+    def memory_report(self) -> MemoryReport:
+        return self._report
+
+
+def test_figures_of_a_run_come_from_the_decode_alone(tiny: Path) -> None:
+    report = plan_report(tiny, vram="4GiB", ram="4GiB", resident=0, link_bytes_per_s=0.6e9)
+    assert report.device_peak is not None
+    report = replace(report, device_peak=replace(report.device_peak, measured_bytes=123), reader_bytes_per_s=0.1e9)
+    lever = Lever("reader", "--ram 8GiB", "keeps the streamed weights in memory", 0.6)
+    found = summarize(FakeGpu(replace(report, lever=lever)))  # type: ignore[arg-type]  # what summarize asks of one
+    assert found.link_share == pytest.approx(2 / 4 / 0.6)
+    assert (found.link_bytes, found.decode_link_bytes, found.peak_device_bytes) == (4 * 10**9, 2 * 10**9, 123)
+    assert found.decode_tokens_per_s == pytest.approx(0.5)
+    assert (found.bound_by, found.next_lever, found.next_lever_tokens_per_s) == ("reader", "--ram 8GiB", 0.6)
+    assert found.line().splitlines()[1].startswith("bound by reading the files (0.1 GB/s): --ram 8GiB keeps")
+    assert found.as_dict()["next_lever_effect"] == "keeps the streamed weights in memory"
+
+
 def test_run_reads_the_prompt_from_a_file_or_standard_input(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_bytes(PROMPT.encode() + b"\r\n")
     expected = run_tiny(tiny, PROMPT).stdout
@@ -132,14 +253,17 @@ def test_run_json_is_one_object_with_the_figures_of_the_run(tiny: Path) -> None:
     assert set(found) == {
         *("model", "text", "interrupted", "notes", "prompt_tokens", "new_tokens", "passes", "prefill_s", "decode_s"),
         *("prefill_tokens_per_s", "decode_tokens_per_s", "link_bytes", "peak_device_bytes", "peak_host_bytes"),
-        "kv_cache_bytes",
+        *("kv_cache_bytes", "decode_link_bytes", "link_bytes_per_s", "link_share", "reader_bytes_per_s", "layer_s"),
+        *("bound_by", "next_lever", "next_lever_effect", "next_lever_tokens_per_s"),
     }
     assert (found["model"], found["prompt_tokens"], found["new_tokens"], found["passes"]) == (str(tiny), 30, 4, 4)
     assert found["text"] == run_tiny(tiny, PROMPT, "--context", "34").stdout.removesuffix("\n")
     assert found["interrupted"] is False
     assert found["notes"] == ["answer limited to 4 tokens: --context is 34"]
     assert found["prefill_tokens_per_s"] == pytest.approx(30 / found["prefill_s"])
-    assert (found["link_bytes"], found["peak_device_bytes"]) == (0, None)
+    assert (found["link_bytes"], found["decode_link_bytes"], found["peak_device_bytes"]) == (0, 0, None)
+    for name in ("link_bytes_per_s", "link_share", "reader_bytes_per_s", "layer_s", "bound_by", "next_lever"):
+        assert found[name] is None, name  # of a GPU; on the CPU nothing streams
     # 3 layers, keys and values, 2 heads of 16 in float32: 768 bytes a token; at least the 33 tokens that were read,
     # at most the 4 sinks and 191 newest that a compressed cache keeps as they are, and small tables
     assert 33 * 768 <= found["kv_cache_bytes"] <= 197 * 768
@@ -193,7 +317,7 @@ def test_bits_reach_the_cache(tiny: Path, bits: str) -> None:
     [
         (["--ram", "1KiB"], 1, r"Error: the run needs .* of host memory and 1.0 KiB may be used"),
         (["--context", "10"], 1, r"Error: the prompt has 30 tokens and --context is 10: shorten it or raise --context"),
-        (["--vram", "8GiB"], 2, r"Error: vram and resident are for a GPU; this run is on the CPU"),
+        (["--vram", "8GiB"], 2, r"Error: vram, resident and direct_io are for a GPU; this run is on the CPU"),
         (["--device", "tpu"], 2, r"Error: .*tpu.* (is not a device|cannot be used): write cuda, cuda:1 or cpu"),
         (["--device", "cuda"], 2, r"Error: device 'cuda' was asked for and 0 CUDA devices were found"),
         (["--top-k", "3"], 2, r"Error: top_p and top_k have no effect at temperature 0"),
@@ -477,7 +601,7 @@ def test_report_of_70b_for_a_gpu_that_is_not_here_from_headers_in_seconds(
 
     tq_stream("memory-report", tiny, "--vram", "8GiB")  # transformers imports the classes of a family when first used
     monkeypatch.setattr(streamer.checkpoint.Checkpoint, "tensor", read)
-    monkeypatch.setattr(streamer.checkpoint.Checkpoint, "read_into", read)
+    monkeypatch.setattr(streamer.checkpoint.Checkpoint, "read_part", read)
     start = time.process_time()
     result = tq_stream("memory-report", headers_70b, "--vram", "24GiB", "--ram", "64GiB", "--bits", "3", "--json")
     taken_s = time.process_time() - start
@@ -491,7 +615,7 @@ def test_report_of_70b_for_a_gpu_that_is_not_here_from_headers_in_seconds(
     # bf16 weights but for the table and those that stay: what crosses the link is most of 141 GB
     assert 100e9 < found["streamed_bytes"] < 130e9
     assert found["peak_host_bytes"] is None
-    assert "do not fit the 64.0 GiB that may be used" in found["notes"][0]
+    assert "of streamed weights stay within the 64.0 GiB that may be used" in found["notes"][0]
     assert result.stderr.strip() == found["notes"][0]
 
 
@@ -518,6 +642,100 @@ def test_report_table_fits_100_columns(headers_70b: Path) -> None:
         assert part in result.stdout
 
 
+def test_report_predicts_from_a_given_link(headers_70b: Path) -> None:
+    options = ("--vram", "24GiB", "--ram", "200GiB", "--link-gbps", "25")
+    found = json.loads(tq_stream("memory-report", headers_70b, *options, "--json").stdout)
+    assert found["link_bytes_per_s"] == 25e9
+    assert found["first_token_s"] == pytest.approx(found["streamed_bytes"] / 25e9)
+    assert found["forecast"]["tokens_per_s"] == pytest.approx(25e9 / found["streamed_bytes"])
+    assert found["forecast"]["bound_by"] == "link"
+    rows = {row["vram_bytes"] / 2**30: row for row in found["budgets"]}
+    assert list(rows) == [6, 8, 12, 16, 24, 32, 48, 80]
+    assert rows[24]["streamed_bytes"] == found["streamed_bytes"]
+    for size in (8, 48):
+        one = tq_stream("memory-report", headers_70b, *options, "--vram", f"{size}GiB", "--json")
+        assert json.loads(one.stdout)["streamed_bytes"] == rows[size]["streamed_bytes"]
+    table = tq_stream("memory-report", headers_70b, *options).stdout
+    assert "over a link of 25.0 GB/s; a prompt's first token takes" in table
+    shown = [line.split() for line in table.splitlines() if re.match(r" *\d+GiB ", line)]
+    assert [float(words[-1]) for words in shown] == pytest.approx(
+        [row["tokens_per_s"] for row in found["budgets"]], rel=0.06
+    )
+    assert max(len(line) for line in table.splitlines()) <= 100
+
+
+def test_report_without_a_link_says_how_to_get_a_prediction(headers_70b: Path) -> None:
+    table = tq_stream("memory-report", headers_70b, "--vram", "24GiB", "--ram", "200GiB").stdout
+    assert "--link-gbps 25 predicts tok/s: PCIe 4.0 x16 reaches about 25, PCIe 5.0 x16 about 55" in table
+    assert "tok/s at most" not in table
+    found = json.loads(tq_stream("memory-report", headers_70b, "--vram", "24GiB", "--json").stdout)
+    assert (found["link_bytes_per_s"], found["first_token_s"], found["budgets"]) == (None, None, [])
+    assert found["forecast"]["tokens_per_s"] is None
+
+
+def test_report_says_what_the_files_may_cost(headers_70b: Path) -> None:
+    options = ("--vram", "80GiB", "--ram", "32GiB", "--link-gbps", "25", "--context", "1024")
+    table = tq_stream("memory-report", headers_70b, *options).stdout
+    assert re.search(r"[\d.]+ GiB are read from the files in every pass: their rate may allow less", table)
+    assert "from the files per" in table  # the column
+    found = json.loads(tq_stream("memory-report", headers_70b, *options, "--json").stdout)
+    assert found["staged_bytes"] == found["budgets"][-1]["staged_bytes"] > 20e9
+    assert found["forecast"]["tokens_per_s"] == pytest.approx(25e9 / found["streamed_bytes"])
+
+
+def test_report_of_a_model_that_fits_needs_no_link(tiny: Path) -> None:
+    for more in ([], ["--link-gbps", "25"]):
+        table = tq_stream("memory-report", tiny, "--vram", "8GiB", *more).stdout
+        assert "nothing streams: the link does not bound the speed" in table
+        assert ("not bound by the link" in table) == bool(more)
+
+
+@pytest.mark.parametrize("options", [("--vram", "8GiB"), ("--vram", "32GiB"), ("--vram", "8GiB", "--device", "cuda:1")])
+def test_report_measures_the_link_of_the_gpu_that_it_is_for(
+    options: tuple[str, ...], headers_70b: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[torch.device] = []
+
+    def link_rate(device: torch.device) -> float:
+        asked.append(device)
+        return 12e9
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (20 << 30, 24 << 30))
+    monkeypatch.setattr("streamer.rates.link_rate", link_rate)
+    found = json.loads(tq_stream("memory-report", headers_70b, *options, "--json").stdout)
+    is_here = options == ("--vram", "8GiB")  # the others are larger than this machine's, or not there
+    assert found["link_bytes_per_s"] == (12e9 if is_here else None)
+    assert asked == ([torch.device("cuda")] if is_here else [])
+    given = json.loads(tq_stream("memory-report", headers_70b, *options, "--link-gbps", "3", "--json").stdout)
+    assert given["link_bytes_per_s"] == 3e9
+    assert len(asked) == is_here
+
+
+def test_report_goes_on_when_the_link_cannot_be_measured(headers_70b: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link_rate(device: torch.device) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (20 << 30, 24 << 30))
+    monkeypatch.setattr("streamer.rates.link_rate", link_rate)
+    result = tq_stream("memory-report", headers_70b, "--vram", "8GiB")
+    assert (result.exit_code, "--link-gbps 25 predicts" in result.stdout) == (0, True)
+
+
+def test_the_budgets_of_the_readme(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    shown = next(block for block in re.findall(r"```text\n(.*?)```", page, re.DOTALL) if "tok/s at most" in block)
+    write_checkpoint(SHAPES["qwen2.5-14b"], tmp_path / "14b", headers_only=True)
+    options = ("--vram", "24GiB", "--context", "32768", "--bits", "3", "--ram", "64GiB", "--link-gbps", "25")
+    made = [line.strip() for line in tq_stream("memory-report", tmp_path / "14b", *options).stdout.splitlines()]
+    wanted = [line.strip() for line in shown.splitlines() if line.strip()]
+    assert len(wanted) >= 9
+    assert [line for line in made if line in wanted] == wanted
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "expected"),
     [
@@ -536,8 +754,8 @@ def test_report_table_fits_100_columns(headers_70b: Path) -> None:
             1,
             r"Error: context 9000 was asked for and the model was made for 8192",
         ),
-        (["--vram", "24GiB", "--device", "cpu"], 2, r"Error: vram and resident are for a GPU"),
-        (["--vram", "24GiB", "--measure"], 2, r"Error: vram and resident are for a GPU"),
+        (["--vram", "24GiB", "--device", "cpu"], 2, r"Error: vram, resident and direct_io are for a GPU"),
+        (["--vram", "24GiB", "--measure"], 2, r"Error: vram, resident and direct_io are for a GPU"),
         (["--vram", "24GiB", "--protected-layers", "80"], 2, r"Error: protected layer 80 does not exist"),
         (["--device", "cpu", "--ram", "1MiB"], 1, r"Error: the run needs .* of host memory and 1.0 MiB may be used"),
         (["--device", "cpu", "--measure", "--context", "1"], 2, r"Usage: .*--measure needs room for a prompt"),
@@ -556,6 +774,7 @@ def test_report_for_the_processor(tiny: Path) -> None:
     assert "weights read from the files' maps" in result.stdout
     assert "KV cache for 100 tokens" in result.stdout
     assert "GPU" not in result.stdout
+    assert "link" not in result.stdout
 
 
 def test_measured_stands_beside_predicted(tiny: Path) -> None:
@@ -580,8 +799,6 @@ def test_measured_stands_beside_predicted(tiny: Path) -> None:
     ],
 )
 def test_plan_report_refuses_what_the_engine_refuses(tiny: Path, options: dict[str, Any], expected: str) -> None:
-    from streamer.engine import plan_report
-
     with pytest.raises(OptionError, match=re.escape(expected)):
         plan_report(tiny, **options)
 

@@ -1,6 +1,8 @@
 """Safetensors files built byte by byte: each way one can be wrong, and what a right one gives."""
 
+import errno
 import json
+import mmap
 import os
 import struct
 import threading
@@ -13,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from streamer.checkpoint import MAX_HEADER_BYTES, Checkpoint, Span
+from streamer.checkpoint import DIRECT_BYTES, MAX_HEADER_BYTES, Checkpoint, Span
 from streamer.errors import (
     CheckpointError,
     HeaderError,
@@ -126,7 +128,7 @@ def test_a_closed_checkpoint_refuses_to_read(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is closed: open it again"):
         checkpoint.tensor("x")
     with pytest.raises(CheckpointError, match="is closed: open it again"):
-        checkpoint.read_into("x", torch.empty(4, dtype=torch.uint8))
+        checkpoint.read_part("x", 0, 4, torch.empty(4, dtype=torch.uint8))
 
 
 def test_close_gives_the_file_handles_back(tmp_path: Path) -> None:
@@ -222,29 +224,29 @@ def test_an_unknown_tensor_names_the_nearest(tmp_path: Path, ask: Callable[[Chec
 # Reading into memory
 
 
-def test_read_into_fills_part_of_a_larger_buffer(tmp_path: Path) -> None:
+def test_read_part_fills_part_of_a_larger_buffer(tmp_path: Path) -> None:
     write_two_shards(tmp_path)
     buffer = torch.full((8,), 0xFF, dtype=torch.uint8)
     with Checkpoint.open(tmp_path) as checkpoint:
-        checkpoint.read_into("y", buffer[2:4])
-        checkpoint.read_into("z", buffer[4:7])
+        checkpoint.read_part("y", 0, 2, buffer[2:4])
+        checkpoint.read_part("z", 0, 3, buffer[4:7])
     assert buffer.tolist() == [255, 255, 4, 5, 7, 8, 9, 255]
 
 
-def test_read_into_goes_on_after_a_short_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_part_goes_on_after_a_short_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_single(tmp_path, file_bytes({"x": entry(0, 10)}, bytes(range(10))))
     whole = os.preadv
     monkeypatch.setattr(os, "preadv", lambda file, parts, offset: whole(file, [parts[0][:3]], offset))
     buffer = torch.zeros(10, dtype=torch.uint8)
     with Checkpoint.open(tmp_path) as checkpoint:
-        checkpoint.read_into("x", buffer)
+        checkpoint.read_part("x", 0, 10, buffer)
     assert buffer.tolist() == list(range(10))
 
 
-def test_read_into_of_nothing(tmp_path: Path) -> None:
+def test_read_part_of_nothing(tmp_path: Path) -> None:
     write_single(tmp_path, file_bytes({"x": entry(0, 0, [0, 3])}))
     with Checkpoint.open(tmp_path) as checkpoint:
-        checkpoint.read_into("x", torch.empty(0, dtype=torch.uint8))
+        assert checkpoint.read_part("x", 0, 0, torch.empty(0, dtype=torch.uint8)).numel() == 0
         assert checkpoint.tensor("x").shape == (0, 3)
 
 
@@ -252,31 +254,140 @@ def test_read_into_of_nothing(tmp_path: Path) -> None:
     "buffer",
     [
         torch.zeros(3, dtype=torch.uint8),
-        torch.zeros(5, dtype=torch.uint8),
         torch.zeros(4, dtype=torch.int8),
         torch.zeros(1, dtype=torch.float32),
         torch.zeros(8, dtype=torch.uint8)[::2],
         torch.zeros(2, 2, dtype=torch.uint8),
         torch.zeros(4, dtype=torch.uint8, device="meta"),
     ],
-    ids=["short", "long", "int8", "float32", "strided", "2-D", "meta"],
+    ids=["short", "int8", "float32", "strided", "2-D", "meta"],
 )
-def test_read_into_refuses_another_buffer(tmp_path: Path, buffer: torch.Tensor) -> None:
+def test_read_part_refuses_another_buffer(tmp_path: Path, buffer: torch.Tensor) -> None:
     write_two_shards(tmp_path)
     with (
         Checkpoint.open(tmp_path) as checkpoint,
-        pytest.raises(OptionError, match="tensor x is read into contiguous CPU memory of 4 uint8, got"),
+        pytest.raises(
+            OptionError, match="4 bytes of tensor x are read into contiguous CPU memory of 4 uint8 or more, got"
+        ),
     ):
-        checkpoint.read_into("x", buffer)
+        checkpoint.read_part("x", 0, 4, buffer)
 
 
-def test_read_into_from_a_file_cut_after_it_was_opened(tmp_path: Path) -> None:
+def test_read_part_from_a_file_cut_after_it_was_opened(tmp_path: Path) -> None:
     path = write_single(tmp_path, file_bytes({"x": entry(0, 10)}, bytes(10)))
     with Checkpoint.open(tmp_path) as checkpoint:
         os.truncate(path, path.stat().st_size - 4)
         with pytest.raises(TruncatedShardError, match="inside tensor x, which goes to byte") as caught:
-            checkpoint.read_into("x", torch.zeros(10, dtype=torch.uint8))
+            checkpoint.read_part("x", 0, 10, torch.zeros(10, dtype=torch.uint8))
     assert caught.value.path == path
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 3), (3, 2), (2, 11)])
+def test_read_part_refuses_bytes_outside_of_the_tensor(tmp_path: Path, start: int, stop: int) -> None:
+    write_single(tmp_path, file_bytes({"x": entry(0, 10)}, bytes(10)))
+    with Checkpoint.open(tmp_path) as checkpoint, pytest.raises(OptionError, match="tensor x has 10"):
+        checkpoint.read_part("x", start, stop, torch.zeros(20, dtype=torch.uint8))
+
+
+def test_a_disk_that_fails_is_named_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_single(tmp_path, file_bytes({"x": entry(0, 10)}, bytes(10)))
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with Checkpoint.open(tmp_path) as checkpoint, pytest.raises(CheckpointError, match="Input/output error") as caught:
+        checkpoint.read_part("x", 0, 10, torch.zeros(10, dtype=torch.uint8))
+    assert caught.value.path == path
+
+
+def page_aligned(size_bytes: int) -> torch.Tensor:
+    return torch.frombuffer(mmap.mmap(-1, size_bytes), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize(
+    ("start", "stop"), [(0, 1), (0, 30_000), (1, 4096), (4095, 4097), (12_345, 23_456), (29_999, 30_000)]
+)
+def test_read_part_gives_the_bytes_asked_for(tmp_path: Path, start: int, stop: int, direct: bool) -> None:
+    content = bytes(i * 7 % 251 for i in range(30_000))
+    write_single(tmp_path, file_bytes({"x": entry(0, 30_000)}, content))
+    buffer = page_aligned(30_000 + 2 * DIRECT_BYTES + 100)
+    with Checkpoint.open(tmp_path) as checkpoint:
+        got = checkpoint.read_part("x", start, stop, buffer, direct=direct)
+        assert bytes(got.tolist()) == content[start:stop]
+        if direct:
+            assert checkpoint._direct_files, "the file system of the tests refuses direct reads"
+
+
+def test_direct_reads_leave_the_page_cache_alone(tmp_path: Path) -> None:
+    """What the process has read from the disk grows by the bytes read, each time."""
+    path = write_single(tmp_path, file_bytes({"x": entry(0, 1 << 20)}, bytes(1 << 20)))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+    def from_disk() -> int:
+        lines = Path("/proc/self/io").read_text(encoding="utf-8").splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("read_bytes")))
+
+    buffer = page_aligned((1 << 20) + 2 * DIRECT_BYTES)
+    with Checkpoint.open(tmp_path) as checkpoint:
+        checkpoint.read_part("x", 0, 1 << 20, buffer, direct=True)
+        if checkpoint._direct_files[path] is None:
+            pytest.skip("this file system has no direct reads")
+        before = from_disk()
+        for _ in range(3):
+            checkpoint.read_part("x", 0, 1 << 20, buffer, direct=True)
+        if from_disk() == before:
+            pytest.skip("this system does not count what it reads")
+        assert from_disk() - before >= 3 << 20
+
+
+def test_cached_share_sees_what_the_page_cache_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_single(tmp_path, file_bytes({"x": entry(0, 1 << 20)}, bytes(1 << 20)))
+    with Checkpoint.open(tmp_path) as checkpoint:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            file.read()
+            if checkpoint.cached_share() != 1.0:
+                pytest.skip("this file system does not say what is cached")
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert checkpoint.cached_share() < 0.5
+
+        def refuse(*_: object) -> int:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+        monkeypatch.setattr(os, "preadv", refuse)
+        assert checkpoint.cached_share() == 0.0
+
+
+def test_a_file_system_without_direct_reads_is_read_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_single(tmp_path, file_bytes({"x": entry(0, 10)}, bytes(range(10))))
+    opened = os.open
+
+    def refuse(path: Path, flags: int, *rest: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return opened(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with Checkpoint.open(tmp_path) as checkpoint:
+        for _ in range(2):
+            got = checkpoint.read_part("x", 2, 9, page_aligned(3 * DIRECT_BYTES), direct=True)
+            assert got.tolist() == [2, 3, 4, 5, 6, 7, 8]
+    assert [record.message for record in caplog.records] == [
+        "model.safetensors cannot be read around the page cache (Invalid argument): it is read through it"
+    ]
+
+
+def test_direct_reads_from_a_file_cut_after_it_was_opened(tmp_path: Path) -> None:
+    path = write_single(tmp_path, file_bytes({"x": entry(0, 10_000)}, bytes(10_000)))
+    with Checkpoint.open(tmp_path) as checkpoint:
+        os.truncate(path, path.stat().st_size - 4)
+        with pytest.raises(TruncatedShardError, match="inside tensor x, which goes to byte"):
+            checkpoint.read_part("x", 0, 10_000, page_aligned(10_000 + 2 * DIRECT_BYTES), direct=True)
 
 
 def test_mapping_a_file_cut_after_it_was_opened(tmp_path: Path) -> None:
@@ -294,7 +405,7 @@ def test_threads_share_one_map_and_one_handle(tmp_path: Path) -> None:
 
         def work() -> None:
             buffer = torch.zeros(1000, dtype=torch.uint8)
-            checkpoint.read_into("x", buffer)
+            checkpoint.read_part("x", 0, 1000, buffer)
             read.append((buffer + checkpoint.tensor("x")).tolist())
 
         threads = [threading.Thread(target=work) for _ in range(8)]
@@ -449,5 +560,5 @@ def test_the_demo_model_reads_as_safetensors_reads_it(demo_model: Path) -> None:
         with safetensors.safe_open(entry.shard, framework="pt") as shard:
             assert torch.equal(checkpoint.tensor(name), shard.get_tensor(name))
         buffer = torch.zeros(entry.nbytes, dtype=torch.uint8)
-        checkpoint.read_into(name, buffer)
+        checkpoint.read_part(name, 0, entry.nbytes, buffer)
         assert torch.equal(buffer.view(entry.dtype).reshape(entry.shape), checkpoint.tensor(name))

@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,43 @@ from streamer.errors import StreamerError
 from streamer.model import RunSettings, assemble
 from streamer.plan import Plan, Request, make_plan
 from streamer.stats import RunStats
-from streamer.weights import DeviceWeights, UnitReader
+from streamer.weights import DeviceWeights, PieceReader
 
 CPU = torch.device("cpu")
 
 
+SLOT_BYTES = 64 << 10
+
+
 class ReadEachTime:
-    """A source that reads a unit from the files whenever it is sent, and poisons the target first."""
+    """A source that reads a unit from the files when its place is free, and poisons the place first."""
 
-    def __init__(self, reader: UnitReader):
-        self.reader, self.sent = reader, list[int]()
+    def __init__(self, reader: PieceReader, resident: Collection[int]):
+        self.reader, self.resident, self.sent = reader, resident, list[int]()
+        self.arrived = list[torch.cuda.Event]()
 
-    def is_ready(self, unit: int) -> bool:
+    def start(self, places: Sequence[torch.Tensor], stream: torch.cuda.Stream | None) -> None:
+        self.places = places
+        for unit in sorted(self.resident):
+            self.grant(unit)
+
+    def grant(self, unit: int) -> None:
+        place = self.places[unit]
+        place.fill_(0xFF)  # NaN in every float dtype: a parameter that is not written again shows
+        slot = torch.empty(SLOT_BYTES, dtype=torch.uint8)
+        for piece in self.reader.pieces[unit]:
+            for at, view in self.reader.read(piece, slot, None):
+                place[at : at + view.numel()] = view
+        self.sent.append(unit)
+
+    def is_queued(self, unit: int, loads: int) -> bool:
         return True
 
-    def send(self, unit: int, target: torch.Tensor) -> None:
-        target.fill_(0xFF)  # NaN in every float dtype: a parameter that is not written again shows
-        self.reader.read(unit, target)
-        self.sent.append(unit)
+    def wait(self, unit: int, loads: int) -> None:
+        """Nothing is under way."""
+
+    def restart(self) -> None:
+        """Nothing is under way."""
 
     def close(self) -> None:
         """Nothing is held."""
@@ -44,8 +63,9 @@ def streamed(folder: Path, **request: Any) -> tuple[PreTrainedModel, DeviceWeigh
     architecture = read_architecture(folder, checkpoint)
     wanted = {"context": 128, "vram_bytes": 1 << 34, "ram_bytes": 1 << 34, "resident_layers": 0, "prefill_chunk": 7}
     plan = make_plan(architecture, Request(**(wanted | request)))
-    source = ReadEachTime(UnitReader(checkpoint, architecture.model, plan.units))
-    weights = DeviceWeights(plan.units, plan.resident, plan.ring_bytes, source, source, CPU)
+    source = ReadEachTime(PieceReader(checkpoint, architecture.model, plan.units, SLOT_BYTES), plan.resident)
+    weights = DeviceWeights(plan.units, plan.resident, plan.ring_bytes, source, CPU)
+    weights.start()
     resident = {p.name: read_parameter(p, checkpoint, architecture.model) for p in architecture.resident}
     table = read_parameter(architecture.embedding, checkpoint, architecture.model)
     settings = RunSettings(plan.prefill_chunk, architecture.uses_own_attention)

@@ -12,8 +12,7 @@ from streamer.architecture import Architecture, aligned, head_slices, read_archi
 from streamer.checkpoint import Checkpoint
 from streamer.errors import DoesNotFitError
 from streamer.options import GIB
-from streamer.plan import STAGING_BYTES, CacheSettings, Plan, Request, cache_bytes, make_plan
-from streamer.weights import StagedSource
+from streamer.plan import CacheSettings, Plan, Request, cache_bytes, make_plan
 
 RAM = 200 * GIB
 
@@ -68,10 +67,23 @@ def test_resident_layers_can_be_fixed(resident: int, expected: int, qwen_14b: Ar
     assert plan_of(qwen_14b, vram_bytes=40 * GIB, resident_layers=resident).layers_resident == expected
 
 
-def test_the_ring_holds_a_layer_and_a_fifth(qwen_14b: Architecture) -> None:
-    plan = plan_of(qwen_14b, resident_layers=0)
+def test_the_ring_holds_two_layers_where_most_stream_and_one_where_most_stay(qwen_14b: Architecture) -> None:
     layer = sum(unit.nbytes for unit in qwen_14b.layers[0])
-    assert 1.2 * layer <= plan.ring_bytes < 1.21 * layer
+    assert plan_of(qwen_14b, resident_layers=0).ring_bytes == 2 * layer
+    assert plan_of(qwen_14b, resident_layers=23).ring_bytes == 2 * layer
+    assert layer <= plan_of(qwen_14b, resident_layers=25).ring_bytes <= 1.2 * layer
+    tight = {"resident_layers": 0, "context": 1024, "prefill_chunk": 128}
+    two = plan_of(qwen_14b, **tight, vram_bytes=5 * GIB // 2).device_bytes
+    assert layer <= plan_of(qwen_14b, **tight, vram_bytes=two - 1).ring_bytes <= 1.2 * layer
+
+
+def test_a_smaller_chunk_is_taken_where_it_lets_everything_stay(qwen_14b: Architecture) -> None:
+    most = plan_of(qwen_14b, vram_bytes=80 * GIB).device_bytes
+    less = plan_of(qwen_14b, vram_bytes=80 * GIB, prefill_chunk=512).device_bytes
+    assert plan_of(qwen_14b, vram_bytes=most).prefill_chunk == 2048
+    plan = plan_of(qwen_14b, vram_bytes=(most + less) // 2)
+    assert (plan.streamed_bytes, plan.prefill_chunk in (512, 1024)) == (0, True)
+    assert plan_of(qwen_14b, vram_bytes=most, prefill_chunk=2048).streamed_bytes == 0
 
 
 def test_a_head_too_large_to_stay_streams_in_slices(qwen_14b: Architecture) -> None:
@@ -115,11 +127,46 @@ def test_no_context_fits_then_the_budget_that_would_is_named(qwen_14b: Architect
     assert plan_of(qwen_14b, vram_bytes=int(named * GIB), context=1024).device_bytes <= named * GIB
 
 
-def test_weights_beyond_the_ram_budget_are_read_in_every_pass(qwen_14b: Architecture) -> None:
-    plan = plan_of(qwen_14b, ram_bytes=8 * GIB, resident_layers=0)
+@pytest.mark.parametrize("ram", [2, 4, 8, 20, 25])
+def test_ram_is_filled_with_kept_weights_and_never_passed(ram: int, qwen_14b: Architecture) -> None:
+    plan = plan_of(qwen_14b, ram_bytes=ram * GIB, resident_layers=0, vram_bytes=8 * GIB)
+    kept = sum(plan.units[i].nbytes for i in plan.kept)
     assert plan.host == "staged"
-    assert plan.bytes_at("host") <= 8 * GIB
-    assert any("read from the files in every pass" in note for note in plan.notes)
+    assert plan.kept.isdisjoint(plan.resident)
+    assert kept + plan.staged_bytes == plan.streamed_bytes
+    assert plan.staging_bytes >= 4 * plan.slot_bytes
+    assert ram * GIB - min(unit.nbytes for unit in plan.units) < plan.bytes_at("host") <= ram * GIB
+    assert any("are read from the files in every pass" in note for note in plan.notes)
+
+
+def test_kept_weights_are_spread_evenly_over_a_pass(qwen_14b: Architecture) -> None:
+    plan = plan_of(qwen_14b, ram_bytes=16 * GIB, resident_layers=0, vram_bytes=8 * GIB)
+    streamed = [i for i in range(len(plan.units)) if i not in plan.resident]
+    share = sum(plan.units[i].nbytes for i in plan.kept) / plan.streamed_bytes
+    passed = kept = 0
+    for i in streamed:
+        passed += plan.units[i].nbytes
+        kept += plan.units[i].nbytes * (i in plan.kept)
+        assert abs(kept - share * passed) < 2 * qwen_14b.layer_bytes / 48, i
+
+
+def test_files_are_read_around_the_page_cache_where_it_cannot_hold_them(qwen_14b: Architecture) -> None:
+    wanted = {"ram_bytes": 8 * GIB, "resident_layers": 0, "vram_bytes": 8 * GIB}
+    assert not plan_of(qwen_14b, **wanted, free_ram_bytes=64 * GIB).direct_io
+    plan = plan_of(qwen_14b, **wanted, free_ram_bytes=20 * GIB)
+    assert plan.direct_io
+    assert any("around the page cache" in note for note in plan.notes)
+    assert plan_of(qwen_14b, **wanted, free_ram_bytes=64 * GIB, direct_io=True).direct_io
+    assert not plan_of(qwen_14b, **wanted, free_ram_bytes=1 * GIB, direct_io=False).direct_io
+    # all is kept: nothing is read again
+    assert not plan_of(qwen_14b, ram_bytes=64 * GIB, free_ram_bytes=32 * GIB).direct_io
+
+
+def test_too_small_a_ram_budget_names_what_is_needed(qwen_14b: Architecture) -> None:
+    with pytest.raises(DoesNotFitError, match="--ram ") as caught:
+        plan_of(qwen_14b, ram_bytes=GIB // 2)
+    named = float(str(caught.value).split("--ram ")[1].removesuffix("GiB."))
+    assert plan_of(qwen_14b, ram_bytes=int(named * GIB)).bytes_at("host") <= named * GIB
 
 
 def test_on_the_cpu_converted_weights_count_against_ram(random_checkpoint: Callable[..., Path]) -> None:
@@ -139,7 +186,3 @@ def test_head_slices_cover_every_row_once(qwen_14b: Architecture) -> None:
         assert rows[0][0] == 0
         assert rows[-1][1] == 152064
         assert all(a[1] == b[0] for a, b in itertools.pairwise(rows))
-
-
-def test_the_staging_slots_take_what_the_plan_counts() -> None:
-    assert STAGING_BYTES == StagedSource.SLOTS * StagedSource.SLOT_BYTES

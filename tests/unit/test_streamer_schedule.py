@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamer.weights.schedule import schedule_ring
+from streamer.schedule import schedule_ring
 
 
 @st.composite

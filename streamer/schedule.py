@@ -35,6 +35,26 @@ def schedule_ring(sizes_bytes: Sequence[int], capacity_bytes: int, groups: Seque
         groups: for each unit a number, equal for neighbours that are needed at the same time (a layer's units, which
             a prompt of several chunks holds together): they never overlap.
     """
+    offsets = _places(sizes_bytes, capacity_bytes, groups)
+    count = len(sizes_bytes)
+    conflicts = []
+    for unit in range(count):
+        start, stop = offsets[unit], offsets[unit] + sizes_bytes[unit]
+        before = [(unit - back) % count for back in range(1, count + 1)]
+        conflicts.append(tuple(u for u in before if offsets[u] < stop and start < offsets[u] + sizes_bytes[u]))
+    return RingSchedule(capacity_bytes, tuple(offsets), tuple(conflicts))
+
+
+def ring_extent(sizes_bytes: Sequence[int], capacity_bytes: int, groups: Sequence[int]) -> int:
+    """Bytes that the units of schedule_ring really take, from the first to behind the last, capacity_bytes at most.
+
+    A ring of that size has the same places.
+    """
+    offsets = _places(sizes_bytes, capacity_bytes, groups)
+    return max((at + size for at, size in zip(offsets, sizes_bytes, strict=True)), default=0)
+
+
+def _places(sizes_bytes: Sequence[int], capacity_bytes: int, groups: Sequence[int]) -> list[int]:
     offsets: list[int] = []
     at = 0
     for _, members in itertools.groupby(range(len(sizes_bytes)), key=lambda unit: groups[unit]):
@@ -46,13 +66,7 @@ def schedule_ring(sizes_bytes: Sequence[int], capacity_bytes: int, groups: Seque
         placed = placed if placed is not None else [sum(group[:i]) for i in range(len(group))]
         offsets += placed
         at = placed[-1] + group[-1]
-    count = len(sizes_bytes)
-    conflicts = []
-    for unit in range(count):
-        start, stop = offsets[unit], offsets[unit] + sizes_bytes[unit]
-        before = [(unit - back) % count for back in range(1, count + 1)]
-        conflicts.append(tuple(u for u in before if offsets[u] < stop and start < offsets[u] + sizes_bytes[u]))
-    return RingSchedule(capacity_bytes, tuple(offsets), tuple(conflicts))
+    return offsets
 
 
 def _place(sizes: Sequence[int], start: int, capacity: int) -> list[int] | None:

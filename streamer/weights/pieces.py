@@ -1,0 +1,157 @@
+"""Units of the stream as pieces that are read at once, and the reading of one piece.
+
+A piece is small enough that several threads read several pieces of one unit at a time, and large enough that the work
+around a read costs nothing beside it.
+"""
+
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from streamer.architecture import Parameter, Unit, read_parameter
+from streamer.checkpoint import DIRECT_BYTES, Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Bytes start <= b < stop of a parameter, as it is run; `at` is where they lie in the unit."""
+
+    parameter: Parameter
+    start: int
+    stop: int
+    at: int
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the part."""
+        return self.stop - self.start
+
+    @property
+    def room(self) -> int:
+        """What the part takes in a slot at most: reads around the page cache take whole blocks."""
+        return -(-(self.nbytes + 2 * DIRECT_BYTES) // DIRECT_BYTES) * DIRECT_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Parts of one unit that are read at once. unit: its index."""
+
+    unit: int
+    parts: tuple[Part, ...]
+
+
+def split(unit: Unit, index: int, slot_bytes: int) -> tuple[Piece, ...]:
+    """A unit as pieces whose parts together take at most slot_bytes of a slot.
+
+    Args:
+        unit, index: the unit and its number. slot_bytes: at least 4 * DIRECT_BYTES.
+    """
+    longest = (slot_bytes - 3 * DIRECT_BYTES) // DIRECT_BYTES * DIRECT_BYTES
+    pieces: list[Piece] = []
+    parts: list[Part] = []
+    taken = 0
+    for parameter, offset in zip(unit.parameters, unit.offsets, strict=True):
+        length = unit.part_bytes(parameter)
+        first = 0 if unit.rows is None else parameter.nbytes // parameter.shape[0] * unit.rows[0]
+        for start in range(0, length, longest):
+            stop = min(start + longest, length)
+            part = Part(parameter, first + start, first + stop, offset + start)
+            if parts and taken + part.room > slot_bytes:
+                pieces.append(Piece(index, tuple(parts)))
+                parts, taken = [], 0
+            parts.append(part)
+            taken += part.room
+    if parts:
+        pieces.append(Piece(index, tuple(parts)))
+    return tuple(pieces)
+
+
+class PieceReader:
+    """Reads pieces of units from a checkpoint; safe to use from several threads.
+
+    Args:
+        checkpoint: opened. model: the class on meta, asked by transformers' conversions; not kept alive by this.
+        units: of a pass. slot_bytes: size of a piece at most. direct: read around the page cache.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        model: PreTrainedModel,
+        units: Sequence[Unit],
+        slot_bytes: int,
+        *,
+        direct: bool = False,
+    ):
+        self.units, self.direct = units, direct
+        self.pieces = [split(unit, index, slot_bytes) for index, unit in enumerate(units)]
+        self._checkpoint, self._model = checkpoint, weakref.ref(model)
+        self._converting = threading.Lock()
+        # parameters that transformers makes of several tensors, while pieces of them are wanted: value, parts to come
+        self._made: dict[tuple[int, str], tuple[torch.Tensor, int]] = {}
+
+    def read(self, piece: Piece, slot: torch.Tensor, place: torch.Tensor | None) -> list[tuple[int, torch.Tensor]]:
+        """Reads a piece.
+
+        Args:
+            piece: one of self.pieces.
+            slot: [slot_bytes] uint8 on the host, page-aligned.
+            place: [nbytes of the unit] uint8 on the host where the unit is kept; None = leave the bytes in the slot.
+        Returns:
+            for each part its offset in the unit, and the bytes as a view of `place` or of `slot`.
+        Raises:
+            CheckpointError: the file ends early or cannot be read.
+        """
+        views = []
+        taken = 0
+        for part in piece.parts:
+            own = None if place is None else place[part.at : part.at + part.nbytes]
+            room = slot[taken : taken + part.room]
+            taken += part.room
+            if part.parameter.conversion is not None or not part.parameter.is_stored_as_run:
+                target = room[: part.nbytes] if own is None else own
+                self._convert(piece.unit, part, target)
+            elif own is not None and not self.direct:
+                target = self._read(part, own)
+            else:
+                target = self._read(part, room)
+                if own is not None:
+                    own.copy_(target)
+                    target = own
+            views.append((part.at, target))
+        return views
+
+    def _read(self, part: Part, buffer: torch.Tensor) -> torch.Tensor:
+        name = part.parameter.sources[-1]
+        return self._checkpoint.read_part(name, part.start, part.stop, buffer, direct=self.direct)
+
+    def _convert(self, unit: int, part: Part, target: torch.Tensor) -> None:
+        """Bytes of a parameter that is not stored as it runs."""
+        parameter = part.parameter
+        item = parameter.dtype.itemsize
+        first, last = part.start // item, part.stop // item
+        if parameter.conversion is None:  # another dtype: the cast goes straight to its target
+            stored = self._checkpoint.tensor(parameter.sources[-1]).reshape(-1)
+            target.view(parameter.dtype).copy_(stored[first:last])
+            return
+        key = unit, parameter.name
+        with self._converting:  # one at a time: each makes a whole parameter in memory
+            value, left = self._made.pop(key, (None, 0))
+            if value is None:
+                model = self._model()
+                if model is None:
+                    raise RuntimeError("the model has been dropped while its weights were read")
+                value = read_parameter(parameter, self._checkpoint, model).reshape(-1)
+                left = sum(p.parameter is parameter for piece in self.pieces[unit] for p in piece.parts)
+            if left > 1:
+                self._made[key] = value, left - 1
+        target.view(parameter.dtype).copy_(value[first:last])
+
+    def forget(self) -> None:
+        """Drop what was made for pieces that will not be asked for: a pass was given up."""
+        with self._converting:
+            self._made.clear()
