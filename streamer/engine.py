@@ -245,14 +245,14 @@ class StreamingEngine:
             )
             runtime = self._ensure(len(ids) + new_tokens, 1)
             pieces = TextPieces(self.tokenizer)
-            sink = TokenSink(self.stats, pieces, on_text)
+            sink = TokenSink(self.stats, pieces, on_text, runtime.weights)
             tokens = torch.tensor([list(ids)])
             vocabulary = runtime.architecture.embedding.shape[0]
             if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
                 raise OptionError(f"token ids go from 0 to {vocabulary - 1}; got {tokens.min()} to {tokens.max()}")
             criteria = StoppingCriteriaList([StopWhen(stop)]) if stop is not None else None
             moved = runtime.weights.bytes_moved
-            runtime.caches.capacity_tokens = len(ids) + new_tokens
+            runtime.caches.capacity_tokens = len(ids) + new_tokens  # in exact size, whatever the plan has room for
             self.stats.start(len(ids))
             try:
                 with seeded(seed), _current(self._device):
@@ -265,7 +265,7 @@ class StreamingEngine:
                     )
             finally:
                 self.stats.bytes_moved = runtime.weights.bytes_moved - moved
-                runtime.caches.capacity_tokens = None
+                runtime.caches.capacity_tokens = runtime.caches.planned_tokens
                 text = pieces.finish()
                 if text and on_text is not None:
                     on_text(text)

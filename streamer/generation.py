@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 from streamer.errors import OptionError
 from streamer.stats import RunStats
 from streamer.text import TextPieces
+from streamer.weights import DeviceWeights, MappedWeights
 
 
 def generation_config(
@@ -79,10 +80,21 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 
 class TokenSink(BaseStreamer):
-    """Receives token ids from transformers' generate: the prompt first, then one per step."""
+    """Receives token ids from transformers' generate: the prompt first, then one per step.
 
-    def __init__(self, stats: RunStats, pieces: TextPieces, on_text: Callable[[str], None] | None):
-        self._stats, self._pieces, self._on_text = stats, pieces, on_text
+    Args:
+        stats: told of each token, and of what the weights have moved by then. pieces: gets the ids.
+        on_text: gets text as it becomes complete. weights: those of the model.
+    """
+
+    def __init__(
+        self,
+        stats: RunStats,
+        pieces: TextPieces,
+        on_text: Callable[[str], None] | None,
+        weights: DeviceWeights | MappedWeights,
+    ):
+        self._stats, self._pieces, self._on_text, self._weights = stats, pieces, on_text, weights
         self._has_prompt = False
 
     def put(self, value: torch.Tensor) -> None:
@@ -90,6 +102,7 @@ class TokenSink(BaseStreamer):
             self._has_prompt = True
             return
         self._stats.on_token()
+        self._stats.on_bytes(self._weights.bytes_moved, self._weights.blocked_s)
         text = self._pieces.add(int(value.flatten()[0]))
         if text and self._on_text is not None:
             self._on_text(text)

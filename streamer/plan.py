@@ -1,5 +1,6 @@
 """Plan: every byte of a run and where it lives, computed from headers and budgets before anything is allocated."""
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,8 +21,8 @@ from turboquant.store import StoreOptions, store_bytes
 _RING_LAYERS, _RING_LAYERS_FOR_PROMPTS = 1.2, 2.0
 
 # CUDA context, loaded kernels and library handles: what the driver counts for the process beside torch's allocator.
-# Measured on an H100 with CUDA 13: 777 MiB once cuBLAS, SDPA and copies have run.
-CONTEXT_BYTES = 800 << 20
+# Measured on an H100 with CUDA 13: 765 to 807 MiB once cuBLAS, SDPA and copies have run.
+CONTEXT_BYTES = 832 << 20
 
 # cuBLAS takes 32 MiB a stream on Hopper, 8 MiB before; the allocator rounds blocks and keeps small pools.
 _WORKSPACE_BYTES = 64 << 20
@@ -36,11 +37,17 @@ SLOT_BYTES, _MOST_SLOTS, _FEWEST_SLOTS = 32 << 20, 16, 4
 SMALLEST_SLOT_BYTES = 64 << 10
 
 # Chunks of a prompt that the planner tries, largest first; the smaller ones only when nothing else fits.
-PREFILL_CHUNKS = (2048, 1024, 512, 256, 128)
+PREFILL_CHUNKS = (8192, 4096, 2048, 1024, 512, 256, 128)
 _EFFICIENT_CHUNK = 512
 
+# On the CPU a longer chunk gains nothing.
+_HOST_CHUNK = 2048
+
 # What a smaller chunk must save of the bytes per pass to be taken.
-_WORTHWHILE_SHARE = 0.02
+_WORTHWHILE_SHARE = 0.05
+
+# Units of one size that are tried in what whole layers leave of a budget.
+_TRIES_PER_SIZE = 3
 
 # Pieces in which a store codes and decodes (4096 tokens), as float32 arrays held at once in the plain PyTorch path.
 _CODING_TOKENS, _CODING_ARRAYS = 4096, 10
@@ -175,7 +182,7 @@ def make_plan(architecture: Architecture, request: Request, *, key_bias_bytes: i
     kv_bytes = cache_bytes(architecture, request) + key_bias_bytes
     if request.vram_bytes is None:
         return _host_plan(architecture, request, kv_bytes)
-    chunks = [request.prefill_chunk] if request.prefill_chunk is not None else list(PREFILL_CHUNKS)
+    chunks = [request.prefill_chunk] if request.prefill_chunk is not None else _chunks(request.context)
     best: Plan | None = None
     for chunk in chunks:
         plan = _device_plan(architecture, request, kv_bytes, chunk)
@@ -197,6 +204,12 @@ def make_plan(architecture: Architecture, request: Request, *, key_bias_bytes: i
     return best
 
 
+def _chunks(context: int) -> list[int]:
+    """Chunks to try, largest first: of those that read a prompt of the whole context in one piece the smallest."""
+    whole = [chunk for chunk in PREFILL_CHUNKS if chunk >= context]
+    return [*whole[-1:], *(chunk for chunk in PREFILL_CHUNKS if chunk < context)]
+
+
 def _host_plan(architecture: Architecture, request: Request, kv_bytes: int) -> Plan:
     units = (*(u for layer in architecture.layers for u in layer), *head_slices(architecture.head, 1 << 62))
     parameters = [*(p for unit in units for p in unit.parameters), *architecture.resident, architecture.embedding]
@@ -204,7 +217,7 @@ def _host_plan(architecture: Architecture, request: Request, kv_bytes: int) -> P
         parameters.remove(architecture.head)
     as_stored = sum(p.nbytes for p in parameters if p.is_stored_as_run)
     made = sum(p.nbytes for p in parameters if not p.is_stored_as_run)
-    chunk = request.prefill_chunk or PREFILL_CHUNKS[0]
+    chunk = request.prefill_chunk or _HOST_CHUNK
     notes = []
     if made:
         notes.append(
@@ -345,7 +358,10 @@ def _choose_layers(architecture: Architecture, spare: int, forced: int | None) -
     streaming = count if forced is None else count - min(forced, count)
     if forced is None:
         # fewest streamed layers whose complement fits: sizes are nearly equal, so walk down from all streamed
-        while streaming and sum(b for i, b in enumerate(layer_bytes) if not _spread(streaming - 1, count)[i]) <= spare:
+        while streaming:
+            streams = _spread(streaming - 1, count)
+            if sum(size for size, leaves in zip(layer_bytes, streams, strict=True) if not leaves) > spare:
+                break
             streaming -= 1
     streams = _spread(streaming, count)
     return {i for i in range(count) if not streams[i]}
@@ -355,13 +371,16 @@ def _fill_up(units: Sequence[Unit], resident: set[int], capacity: int, left: int
     """Single units of streamed layers, largest first, into what whole layers have left."""
     resident = set(resident)
     held = sum(units[i].nbytes for i in resident)
+    failed: Counter[int] = Counter()  # by size: units of one size differ in what the ring saves, but hardly
     for i in sorted(range(len(units)), key=lambda i: -units[i].nbytes):
-        if i in resident or held + units[i].nbytes > left:
+        size = units[i].nbytes
+        if i in resident or held + size > left or failed[size] == _TRIES_PER_SIZE:
             continue
-        extent = _ring_extent(units, resident | {i}, capacity)
-        if held + units[i].nbytes + extent <= left:
+        if held + size + _ring_extent(units, resident | {i}, capacity) <= left:
             resident.add(i)
-            held += units[i].nbytes
+            held += size
+        else:
+            failed[size] += 1
     return resident
 
 

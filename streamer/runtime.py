@@ -28,13 +28,20 @@ class CacheFactory:
     """Makes the caches of a model, and remembers the last one for the report.
 
     Attributes:
-        capacity_tokens: allocate the next cache for that many tokens; None grows in steps.
+        planned_tokens: what the plan has room for on a device; None grows in steps.
+        capacity_tokens: allocate the next cache for that many tokens; planned_tokens unless it is set.
         last: the cache made last, and last_capacity: its capacity.
     """
 
-    def __init__(self, config: PreTrainedConfig, settings: CacheSettings, key_biases: list[KeyBias | None]):
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        settings: CacheSettings,
+        key_biases: list[KeyBias | None],
+        planned_tokens: int | None,
+    ):
         self._config, self._settings, self._key_biases = config, settings, key_biases
-        self.capacity_tokens: int | None = None
+        self.planned_tokens = self.capacity_tokens = planned_tokens
         self.last: TurboQuantCache | None = None
         self.last_capacity: int | None = None
 
@@ -143,7 +150,8 @@ def build_runtime(
     except BaseException:
         weights.close()
         raise
-    caches = CacheFactory(architecture.config, plan.request.cache, key_biases)
+    planned_tokens = plan.request.context if device.type == "cuda" else None
+    caches = CacheFactory(architecture.config, plan.request.cache, key_biases, planned_tokens)
     install_cache(model, caches.make)
     runtime = Runtime(plan, architecture, model, weights, caches, device, has_cap, link)
     abort = weakref.WeakMethod(runtime.abort)

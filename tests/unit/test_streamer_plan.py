@@ -80,10 +80,20 @@ def test_the_ring_holds_two_layers_where_most_stream_and_one_where_most_stay(qwe
 def test_a_smaller_chunk_is_taken_where_it_lets_everything_stay(qwen_14b: Architecture) -> None:
     most = plan_of(qwen_14b, vram_bytes=80 * GIB).device_bytes
     less = plan_of(qwen_14b, vram_bytes=80 * GIB, prefill_chunk=512).device_bytes
-    assert plan_of(qwen_14b, vram_bytes=most).prefill_chunk == 2048
+    assert plan_of(qwen_14b, vram_bytes=most).prefill_chunk == 4096
     plan = plan_of(qwen_14b, vram_bytes=(most + less) // 2)
-    assert (plan.streamed_bytes, plan.prefill_chunk in (512, 1024)) == (0, True)
-    assert plan_of(qwen_14b, vram_bytes=most, prefill_chunk=2048).streamed_bytes == 0
+    assert plan.streamed_bytes == 0
+    assert plan.prefill_chunk in (1024, 2048)
+    assert plan_of(qwen_14b, vram_bytes=(most + less) // 2, prefill_chunk=4096).streamed_bytes > 0
+
+
+def test_a_prompt_is_read_in_as_large_chunks_as_there_is_memory_for(qwen_14b: Architecture) -> None:
+    wanted = {"resident_layers": 0, "context": 8300}
+    chunks = [plan_of(qwen_14b, **wanted, vram_bytes=budget * GIB // 4).prefill_chunk for budget in range(13, 40)]
+    assert chunks == sorted(chunks)
+    assert chunks[0] < 1024
+    assert chunks[-1] == 8192
+    assert plan_of(qwen_14b, resident_layers=0, context=700).prefill_chunk == 1024
 
 
 def test_a_head_too_large_to_stay_streams_in_slices(qwen_14b: Architecture) -> None:
