@@ -191,6 +191,16 @@ class Architecture:
         """Whether the compressed cache is read in place (else each layer is unpacked for its call)."""
         return self.attention == ATTENTION_NAME
 
+    @cached_property
+    def has_float32_attention(self) -> bool:
+        """Whether attention scores are soft-capped or take learned sinks, which no fused kernel of torch does.
+
+        Asked before the model is assembled: a streamed layer hides its parts.
+        """
+        attention = attention_of(self.layer_modules[0])
+        softcap = getattr(self.decoder_config, "attn_logit_softcapping", None)
+        return softcap is not None or hasattr(attention, "sinks")
+
     @property
     def layer_modules(self) -> nn.ModuleList:
         """The decoder's layers in the model."""

@@ -11,7 +11,7 @@ from streamer.architecture import Architecture, Unit, aligned, head_slices
 from streamer.errors import DoesNotFitError
 from streamer.options import format_size
 from streamer.schedule import ring_extent
-from turboquant.hf import FLOAT32_SCORE_BYTES, attention_of, layer_shape, plain_cache_layers
+from turboquant.hf import FLOAT32_SCORE_BYTES, layer_shape, plain_cache_layers
 from turboquant.policy import Precision, layer_precisions
 from turboquant.store import StoreOptions, store_bytes
 
@@ -487,18 +487,11 @@ def _activation_bytes(architecture: Architecture, request: Request, chunk: int) 
     )
     # attention with softcap or learned sinks: float32 keys and values of a row, and a few arrays of scores
     in_float32 = 0
-    if has_float32_attention(architecture):
+    if architecture.has_float32_attention:
         in_float32 = 2 * request.context * kv_width * 4 + 4 * FLOAT32_SCORE_BYTES
     logits = batch * architecture.head.shape[0] * (item + 12)
     peak_of_layer = max(in_norm, in_attention + in_float32, in_mlp)
     return of_prompt + exact + sliding + max(peak_of_layer, (coding if is_compressed else 0)) + logits
-
-
-def has_float32_attention(architecture: Architecture) -> bool:
-    """Whether attention scores are soft-capped or take learned sinks, which no fused kernel of torch does."""
-    config: Any = architecture.decoder_config
-    attention = attention_of(architecture.layer_modules[0])
-    return getattr(config, "attn_logit_softcapping", None) is not None or hasattr(attention, "sinks")
 
 
 def _inner_width(architecture: Architecture) -> int:

@@ -16,7 +16,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -165,7 +165,9 @@ class HostWeights:
         with self._lock:
             self._start_workers()
         if self._kept:
-            thread = threading.Thread(target=self._prepare_segments, name="tq-stream-memory", daemon=True)
+            thread = threading.Thread(
+                target=self._guarded, args=(self._prepare_segments,), name="tq-stream-memory", daemon=True
+            )
             self._workers.append(thread)
             thread.start()
 
@@ -176,7 +178,9 @@ class HostWeights:
     def _start_workers(self) -> None:
         self._alive += self._threads
         for number in range(self._threads):
-            thread = threading.Thread(target=self._work, name=f"tq-stream-reader-{number}", daemon=True)
+            thread = threading.Thread(
+                target=self._guarded, args=(self._work,), name=f"tq-stream-reader-{number}", daemon=True
+            )
             self._workers.append(thread)
             thread.start()
 
@@ -323,17 +327,29 @@ class HostWeights:
             self._kept = [unit for unit in self._kept if unit not in set(units)]
 
     # ------------------------------------------------------------ reader threads
+    def _guarded(self, work: Callable[[], None]) -> None:
+        """Runs a thread; what nobody foresaw is raised where units are waited for, instead of waiting for ever."""
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001  handed to the thread that computes, which raises it
+            with self._lock:
+                self._error = self._error or error
+                self._progress.notify_all()
+
     def _work(self) -> None:
         while True:
             with self._lock:
                 task = self._next_task()
-                if task is None:
+                if task is not None:
+                    self._busy += 1
+                else:
                     self._alive -= 1
-                    if not self._alive:
-                        self._release_staging()
-                    return
-                slot, load, piece = task
-                self._busy += 1
+                    is_last = not self._alive
+            if task is None:
+                if is_last:
+                    self._release_staging()
+                return
+            slot, load, piece = task
             try:
                 self._read(slot, load, piece)
             except BaseException as error:  # noqa: BLE001  handed to the thread that computes, which raises it
@@ -348,12 +364,13 @@ class HostWeights:
 
     def _release_staging(self) -> None:
         """The files have been read for good: the slots go back to the system once no copy reads them."""
-        while self._loads and self._is_done and not self._stops:
-            self._progress.wait()
-        if self._stops or not self._is_done:
-            return
-        self._slots = []
-        self._free.clear()
+        with self._lock:
+            while self._loads and self._is_done and not self._stops:
+                self._progress.wait()
+            if self._stops or not self._is_done:
+                return
+            self._slots = []
+            self._free.clear()
         if self._stream is not None:
             self._stream.synchronize()
         self.staging.close()

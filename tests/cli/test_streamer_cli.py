@@ -889,3 +889,44 @@ def test_doctor_measures_the_link() -> None:
     assert gpu["total_bytes"] == torch.cuda.get_device_properties(0).total_memory
     assert 1 < gpu["pageable_gb_per_s"] < gpu["pinned_gb_per_s"] < 1000
     assert "from page-locked memory" in tq_stream("doctor").stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("staged", [False, True])
+def test_a_streamed_run_on_a_gpu_says_what_it_reached(endless: Callable[..., Path], *, staged: bool) -> None:
+    folder = endless("llama", hidden_size=1024, intermediate_size=4096, num_hidden_layers=12)
+    options = ["--resident", "0", "--max-new-tokens", "24", "--temperature", "0", "--device", "cuda"]
+    if staged:
+        options += ["--ram", "1600MiB", "--direct-io"]
+    result = tq_stream("run", folder, PROMPT, *options)
+    assert result.exit_code == 0, result.stderr
+    first, *_, last = result.stderr.splitlines()[-2:]
+    print(result.stderr)
+    found = re.search(
+        r"answer 24 tokens, ([\d.]+) tok/s \| link ([\d.]+) GB/s, (\d+) % of the ([\d.]+) measured", first
+    )
+    assert found is not None, first
+    assert float(found[2]) / float(found[4]) == pytest.approx(int(found[3]) / 100, abs=0.02)
+    assert last.startswith(("next: ", "bound by ")), last
+    figures = json.loads(tq_stream("run", folder, PROMPT, *options, "--json").stdout)
+    assert 0 < figures["link_share"] < 1.1
+    assert figures["layer_s"] > 0
+    assert figures["bound_by"] in ("link", "reader", "launches", "computing")
+    if staged:
+        assert figures["reader_bytes_per_s"] > 0
+
+
+@pytest.mark.gpu
+def test_a_resident_run_on_a_gpu_says_that_nothing_streams(tiny: Path) -> None:
+    options = ["--max-new-tokens", "24", "--temperature", "0", "--device", "cuda", "--json"]
+    figures = json.loads(tq_stream("run", tiny, PROMPT, *options).stdout)
+    assert figures["decode_link_bytes"] == 0
+    assert figures["link_share"] is None
+    assert figures["bound_by"] in ("launches", "computing")
+
+
+@pytest.mark.gpu
+def test_a_report_measures_the_link_of_this_gpu(tiny: Path) -> None:
+    result = tq_stream("memory-report", tiny, "--vram", "4GiB")
+    assert result.exit_code == 0, result.stderr
+    assert "GB/s" in result.stdout

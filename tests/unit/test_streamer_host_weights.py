@@ -238,6 +238,24 @@ def test_a_reader_that_fails_is_reported_and_the_next_pass_starts_anew(
     stream.weights.close()
 
 
+@pytest.mark.parametrize("name", ["_next_piece", "_prepare_segments"])
+def test_a_thread_that_dies_is_reported(
+    architecture: tuple[Architecture, Checkpoint], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bug of ours must not make a pass wait for ever."""
+
+    def fail(self: HostWeights) -> None:
+        raise AssertionError("planted")
+
+    monkeypatch.setattr(HostWeights, name, fail)
+    stream = Stream(*architecture, set(), ALL)
+    stream.weights.start()
+    with pytest.raises(AssertionError, match="planted"):
+        for _ in range(1000):
+            stream.run()
+    stream.weights.close()
+
+
 def test_a_shard_cut_in_mid_stream_is_named(architecture: tuple[Architecture, Checkpoint]) -> None:
     stream = Stream(*architecture, set(), set())
     stream.weights.start()
