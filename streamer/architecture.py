@@ -87,6 +87,7 @@ class Parameter:
         sources: checkpoint tensors that it is made of.
         conversion: how, or None when the one source is the value.
         is_stored_as_run: the one source has this dtype already: its bytes can be used as they lie.
+        source_bytes: of the sources of a conversion, as they are stored; 0 without one.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Parameter:
     sources: tuple[str, ...]
     conversion: Conversion | None = field(default=None, compare=False, repr=False)
     is_stored_as_run: bool = True
+    source_bytes: int = field(default=0, compare=False)
 
     @cached_property
     def nbytes(self) -> int:
@@ -412,7 +414,13 @@ def _map_parameters(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch
                     path=checkpoint.tensors[names[0]].shard,
                 )
             found[target] = Parameter(
-                target, tuple(value.shape), _dtype_of(model, target, dtype), names, conversion, is_stored_as_run=False
+                target,
+                tuple(value.shape),
+                _dtype_of(model, target, dtype),
+                names,
+                conversion,
+                is_stored_as_run=False,
+                source_bytes=sum(checkpoint.tensors[key].nbytes for key in names),
             )
     for name, source in getattr(model, "all_tied_weights_keys", {}).items():
         if name not in found and source in found and name in wanted:

@@ -311,7 +311,7 @@ class StreamingEngine:
         vram = None
         if self._device.type == "cuda":
             vram = self._vram if self._vram is not None else self._free_vram()
-        free = psutil.virtual_memory().available
+        free = free_ram()
         ram = self._ram
         if ram is None:
             # on the CPU without a budget, what is converted may use swap: the system decides, not a guess of ours
@@ -348,9 +348,10 @@ class StreamingEngine:
             self.stats.note(line)
         self._architecture = None  # its model is about to be changed in place
         has_cap = self._vram is not None
-        self._runtime = build_runtime(
-            architecture, plan, biases, self._checkpoint, self._device, self.stats, has_cap=has_cap
-        )
+        with _current(self._device):  # page-locking, too, makes a context where none is
+            self._runtime = build_runtime(
+                architecture, plan, biases, self._checkpoint, self._device, self.stats, has_cap=has_cap
+            )
         return self._runtime
 
     def _plan(self, architecture: Architecture, context: int, batch: int, key_bias_bytes: int) -> Plan:
@@ -408,7 +409,7 @@ class StreamingEngine:
             machine,
             measured_tokens_per_s=self.stats.decode_tokens_per_s,
             device_bytes=int(free) + torch.cuda.memory_reserved(self._device) + context_bytes,
-            host_bytes=psutil.virtual_memory().available + _held_bytes(),
+            host_bytes=free_ram() + _held_bytes(),
             needed_tokens=runtime.caches.last_capacity,
             key_bias_bytes=plan.kv_bytes - cache_bytes(runtime.architecture, plan.request),
         )
@@ -463,7 +464,7 @@ def plan_report(
     Source: own.
     """
     vram_bytes, run_dtype = parse_size(vram), parse_dtype(dtype)
-    ram_bytes = parse_size(ram) if ram is not None else int(_RAM_SHARE * psutil.virtual_memory().available)
+    ram_bytes = parse_size(ram) if ram is not None else int(_RAM_SHARE * free_ram())
     _check_layout(context, prefill_chunk, resident)
     folder = resolve_model(str(model), offline=offline, on_line=on_note).folder
     with Checkpoint.open(folder) as checkpoint:
@@ -473,7 +474,7 @@ def plan_report(
         context=context or min(limit, DEFAULT_CONTEXT),
         vram_bytes=vram_bytes,
         ram_bytes=ram_bytes,
-        free_ram_bytes=psutil.virtual_memory().available if ram is None else None,
+        free_ram_bytes=free_ram() if ram is None else None,
         direct_io=direct_io,
         resident_layers=resident,
         prefill_chunk=prefill_chunk,
@@ -485,6 +486,24 @@ def plan_report(
     for line in (*architecture.notes, *plan.notes):
         on_note(line)
     return build_report(architecture, plan, None, None, machine=Machine(link_bytes_per_s), has_budgets=True)
+
+
+def free_ram(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Host memory that can still be taken, in bytes: what the system has, or a container's limit leaves.
+
+    Args:
+        cgroup: where the control group of the process shows its limits (version 2).
+    """
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = (cgroup / "memory.max").read_text(encoding="ascii").strip()
+        used = int((cgroup / "memory.current").read_text(encoding="ascii"))
+        lines = (cgroup / "memory.stat").read_text(encoding="ascii").splitlines()
+        # pages of files count as used, and the system takes them back
+        files = sum(int(line.split()[1]) for line in lines if line.startswith(("active_file ", "inactive_file ")))
+        return free if limit == "max" else min(free, max(0, int(limit) - used + files))
+    except (OSError, ValueError):  # no such limits here
+        return free
 
 
 def _held_bytes() -> int:

@@ -35,6 +35,7 @@ PROCESS_BYTES = 1280 << 20
 # tenth less [H100].
 SLOT_BYTES, _MOST_SLOTS, _FEWEST_SLOTS = 32 << 20, 16, 4
 SMALLEST_SLOT_BYTES = 64 << 10
+_USEFUL_SLOT_BYTES = 4 << 20
 
 # Chunks of a prompt that the planner tries, largest first; the smaller ones only when nothing else fits.
 PREFILL_CHUNKS = (8192, 4096, 2048, 1024, 512, 256, 128)
@@ -264,7 +265,8 @@ def _device_plan(architecture: Architecture, request: Request, kv_bytes: int, ch
     units, resident = layout.units, layout.resident
     resident_bytes = sum(unit.nbytes for i, unit in enumerate(units) if i in resident)
     streamed_bytes = sum(unit.nbytes for i, unit in enumerate(units) if i not in resident)
-    host = _lay_out_host(request, units, resident)
+    table_bytes = architecture.embedding.nbytes
+    host = _lay_out_host(request, units, resident, 0 if architecture.embedding.is_stored_as_run else table_bytes)
     terms = (
         *fixed[:2],
         Term("resident layers and head", "device", resident_bytes),
@@ -274,7 +276,7 @@ def _device_plan(architecture: Architecture, request: Request, kv_bytes: int, ch
         Term("page-locked weights", "host", sum(units[i].nbytes for i in host.kept)),
         Term("page-locked staging slots", "host", host.staging_bytes),
         Term("weights in conversion", "host", host.converting_bytes),
-        Term("embedding table (read from the files' maps)", "file", architecture.embedding.nbytes),
+        Term("embedding table", "file" if architecture.embedding.is_stored_as_run else "host", table_bytes),
     )
     streaming_layers = {units[i].group for i in range(len(units)) if i not in resident and units[i].rows is None}
     return Plan(
@@ -402,13 +404,15 @@ class _HostLayout:
     notes: tuple[str, ...]
 
 
-def _lay_out_host(request: Request, units: Sequence[Unit], resident: Collection[int]) -> _HostLayout:
+def _lay_out_host(request: Request, units: Sequence[Unit], resident: Collection[int], table_bytes: int) -> _HostLayout:
+    """table_bytes: of the embedding table, if it is held in memory."""
     streamed = [i for i in range(len(units)) if i not in resident]
     needed = sum(units[i].nbytes for i in streamed)
-    # transformers' conversions make whole parameters, one at a time, of sources that are read from the files' maps
-    made = [p.nbytes for unit in units for p in unit.parameters if p.conversion is not None]
-    converting = 2 * max(made, default=0)
-    left = request.ram_bytes - PROCESS_BYTES - converting
+    # transformers' conversions make whole parameters, through copies in the stored dtype; pieces of one parameter may
+    # still be wanted while the next is made. Measured: 1.5 to 2.5 times the larger of what is stored and what is made
+    made = [max(p.nbytes, p.source_bytes) for unit in units for p in unit.parameters if p.conversion is not None]
+    converting = 3 * max(made, default=0)
+    left = request.ram_bytes - PROCESS_BYTES - converting - table_bytes
     slot, slots = _slots(units, left, needed)
     room = left - slot * slots
     kept = frozenset(streamed) if needed <= room else _spread_kept(units, streamed, needed, room)
@@ -433,8 +437,8 @@ def _slots(units: Sequence[Unit], left: int, needed: int) -> tuple[int, int]:
     while slot > SMALLEST_SLOT_BYTES and slot // 2 >= largest + SMALLEST_SLOT_BYTES // 2:
         slot //= 2
     slots = max(_FEWEST_SLOTS, min(_MOST_SLOTS, -(-sum(unit.nbytes for unit in units) // slot)))
-    # where not everything can be kept, the slots take a quarter of the room at most
-    limit = left - needed if left - needed >= _FEWEST_SLOTS * slot else left // 4
+    # smaller slots where everything can be kept beside them; else they take a quarter of the room at most
+    limit = left - needed if left - needed >= _FEWEST_SLOTS * min(slot, _USEFUL_SLOT_BYTES) else left // 4
     while slot * slots > limit and (slots > _FEWEST_SLOTS or slot > SMALLEST_SLOT_BYTES):
         if slots > _FEWEST_SLOTS:
             slots -= 1
@@ -519,6 +523,15 @@ def _does_not_fit(architecture: Architecture, request: Request, key_bias_bytes: 
     )
 
 
+def _most_resident(architecture: Architecture, request: Request, kv_bytes: int) -> int:
+    """The largest number of resident layers that fits."""
+    for layers in range(min(request.resident_layers or 0, architecture.num_layers), 0, -1):
+        plan = _device_plan(architecture, replace(request, resident_layers=layers), kv_bytes, PREFILL_CHUNKS[-1])
+        if plan.device_bytes <= (request.vram_bytes or 0):
+            return layers
+    return 0
+
+
 def _nearest(architecture: Architecture, request: Request, key_bias_bytes: int, smallest: Plan) -> str:
     """The nearest change of one setting that fits."""
     budget = request.vram_bytes or 0
@@ -529,7 +542,10 @@ def _nearest(architecture: Architecture, request: Request, key_bias_bytes: int, 
         return _device_plan(architecture, changed, kv_bytes, PREFILL_CHUNKS[-1]).device_bytes
 
     if needs(request.context, request.cache) <= budget:
-        return "--resident 0 without --prefill-chunk."
+        if request.prefill_chunk is not None:
+            return "a smaller --prefill-chunk, or none."
+        fits = _most_resident(architecture, request, smallest.kv_bytes)
+        return f"--resident {fits}, or none: as many as fit stay then."
     low, high = 0, request.context // 64
     while low < high:
         middle = (low + high + 1) // 2

@@ -100,6 +100,8 @@ class Runtime:
             torch.cuda.set_per_process_memory_fraction(1.0, self.device)
 
 
+# also where the caller is in inference mode: threads of ours write to these tensors outside of it
+@torch.inference_mode(mode=False)
 def build_runtime(
     architecture: Architecture,
     plan: Plan,
@@ -124,31 +126,25 @@ def build_runtime(
         allowed = (plan.request.vram_bytes or total) - CONTEXT_BYTES
         torch.cuda.set_per_process_memory_fraction(max(0.0, min(1.0, allowed / total)), device)
     table = read_parameter(architecture.embedding, checkpoint, architecture.model)
-    weights: DeviceWeights | MappedWeights
+    weights: DeviceWeights | MappedWeights | None = None
     link = None
-    if device.type == "cpu":
-        known = {architecture.head.name: table} if architecture.is_tied else {}
-        weights = MappedWeights(checkpoint, architecture.model, plan.units, known)
-    else:
-        reader = PieceReader(checkpoint, architecture.model, plan.units, plan.slot_bytes, direct=plan.direct_io)
-        source = HostWeights(
-            reader,
-            plan.resident,
-            plan.kept,
-            plan.staging_bytes,
-            plan.slot_bytes,
-            device,
-            keeps_late=not plan.direct_io and checkpoint.cached_share() > _WARM_SHARE,
-        )
-        weights = DeviceWeights(plan.units, plan.resident, plan.ring_bytes, source, device)
-        if plan.streamed_bytes:
-            # before anything else uses the link, from the slots to the ring: memory that is there anyway
-            link = link_rate(device, source=source.staging.tensor[:_LINK_BYTES], target=weights.ring)
-        weights.start()
     try:
+        if device.type == "cpu":
+            known = {architecture.head.name: table} if architecture.is_tied else {}
+            weights = MappedWeights(checkpoint, architecture.model, plan.units, known)
+        else:
+            source = _host_weights(architecture, plan, checkpoint, device)
+            weights = DeviceWeights(plan.units, plan.resident, plan.ring_bytes, source, device)
+            if plan.streamed_bytes:
+                # before anything else uses the link, from the slots to the ring: memory that is there anyway
+                link = link_rate(device, source=source.staging.tensor[:_LINK_BYTES], target=weights.ring)
+            weights.start()
         model = _assembled(architecture, plan, weights, table, checkpoint, device, stats)
     except BaseException:
-        weights.close()
+        if weights is not None:
+            weights.close()
+        if has_cap:
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
         raise
     planned_tokens = plan.request.context if device.type == "cuda" else None
     caches = CacheFactory(architecture.config, plan.request.cache, key_biases, planned_tokens)
@@ -163,6 +159,14 @@ def build_runtime(
 
     model.__dict__[ABORT_PASS] = abort_pass
     return runtime
+
+
+def _host_weights(architecture: Architecture, plan: Plan, checkpoint: Checkpoint, device: torch.device) -> HostWeights:
+    reader = PieceReader(checkpoint, architecture.model, plan.units, plan.slot_bytes, direct=plan.direct_io)
+    is_warm = not plan.direct_io and checkpoint.cached_share() > _WARM_SHARE
+    return HostWeights(
+        reader, plan.resident, plan.kept, plan.staging_bytes, plan.slot_bytes, device, keeps_late=is_warm
+    )
 
 
 def _assembled(

@@ -8,6 +8,7 @@ spot, by the thread that computes, the others once reader threads have their byt
 device.
 """
 
+import atexit
 import threading
 import time
 import weakref
@@ -26,13 +27,15 @@ class UnitSource(Protocol):
 
     Attributes:
         arrived: for each unit, an event in the copy stream after its last load; empty on the CPU.
-        is_settled: what is to be kept in memory is there.
+        is_settled: what is to be kept in memory is there. has_failed: a read has failed since the last restart.
     """
 
     arrived: list[torch.cuda.Event]
 
     @property
     def is_settled(self) -> bool: ...
+    @property
+    def has_failed(self) -> bool: ...
     def start(self, places: Sequence[torch.Tensor], stream: torch.cuda.Stream | None) -> None: ...
     def grant(self, unit: int) -> None: ...
     def is_queued(self, unit: int, loads: int) -> bool: ...
@@ -94,6 +97,9 @@ class DeviceWeights:
         self._free = [torch.cuda.Event() for _ in self._streamed] if is_cuda else []
         # threads of the source would keep it, and the ring, for ever if nobody called close
         self._end_source = weakref.finalize(self, _abandon, source)
+        self._end_source.atexit = False
+        _LIVE.add(source)
+        self._is_aborting = False
 
     def start(self) -> None:
         """Begin to fill the residents and the ring."""
@@ -128,6 +134,9 @@ class DeviceWeights:
         """
         if self._source is None:
             raise StreamerError("the engine of this model has been closed; ask it for its model again")
+        # an abort was interrupted itself; or readers that ran ahead of the last pass met a fault, which may be mended
+        if self._is_aborting or (unit == 0 and self._source.has_failed):
+            self.abort()
         loads = 1
         if self._resident[unit]:
             if self._loaded[unit]:
@@ -189,12 +198,14 @@ class DeviceWeights:
         """After an error in mid-pass: forget what was asked for, so that the next pass starts at the first unit."""
         if self._source is None:
             return
+        self._is_aborting = True
         self._source.restart()
         if self._copy_stream is not None:
             torch.cuda.synchronize(self._device)
         self._issued = [0] * len(self._streamed)
         self._released = [0] * len(self._streamed)
         self._next = 0
+        self._is_aborting = False
 
     def close(self) -> None:
         """Wait for copies under way, then release host and device memory."""
@@ -202,6 +213,7 @@ class DeviceWeights:
             torch.cuda.synchronize(self._device)
         if self._source is not None:
             self._end_source.detach()
+            _LIVE.discard(self._source)
             self._source.close()
         self._source = None
         self._places = []
@@ -210,7 +222,14 @@ class DeviceWeights:
 
 def _abandon(source: UnitSource) -> None:
     """Close a source that nobody closed; in a thread of its own, for the collector may run in one that close joins."""
-    try:
-        threading.Thread(target=source.close, name="tq-stream-close").start()
-    except RuntimeError:  # the interpreter is ending, and its main thread runs this
+    threading.Thread(target=source.close, name="tq-stream-close").start()
+
+
+# Sources whose threads must have ended when the interpreter does: it would pull torch away under them.
+_LIVE: weakref.WeakSet[UnitSource] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_live() -> None:
+    for source in list(_LIVE):
         source.close()

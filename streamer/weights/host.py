@@ -13,18 +13,20 @@ queues it. All state is under one lock; reads and copies run outside of it.
 """
 
 import logging
-import os
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
 
-from streamer.architecture import Parameter, Unit, read_parameter
+from streamer.architecture import Parameter, Unit, read_parameter, reason_of
 from streamer.checkpoint import Checkpoint
+from streamer.errors import StreamerError
 from streamer.options import MIB, format_size
+from streamer.rates import usable_cores
 from streamer.weights.memory import HostMemory
 from streamer.weights.pieces import Piece, PieceReader
 
@@ -36,7 +38,7 @@ _SEGMENT_BYTES = 256 * MIB
 
 def reader_threads() -> int:
     """Threads that read files: 12 of 16 cores carry 42 GB/s from the page cache to the device, 8 or 16 less [H100]."""
-    return max(4, min(12, (os.cpu_count() or 4) * 3 // 4))
+    return max(4, min(12, usable_cores() * 3 // 4))
 
 
 @dataclass
@@ -159,30 +161,37 @@ class HostWeights:
         """Whether all units that can be kept are in page-locked memory: passes are as fast from here on as they get."""
         return set(self._held) >= set(self._kept)
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether a read has failed since the last restart."""
+        return self._error is not None
+
     def start(self, places: Sequence[torch.Tensor], stream: torch.cuda.Stream | None) -> None:
         """Begin to read; places: [nbytes] uint8 on the device for each unit. stream: where copies are queued."""
         self._places, self._stream = places, stream
         with self._lock:
             self._start_workers()
-        if self._kept:
-            thread = threading.Thread(
-                target=self._guarded, args=(self._prepare_segments,), name="tq-stream-memory", daemon=True
-            )
-            self._workers.append(thread)
-            thread.start()
+            if self._kept:
+                thread = threading.Thread(target=self._run_memory, name="tq-stream-memory", daemon=True)
+                thread.start()
+                self._workers.append(thread)
 
     def _has_all(self) -> bool:
         """Whether the files are not needed any more: residents have arrived, all others are in memory."""
         return all(self._queued[unit] if kept else unit in self._held for unit, kept in enumerate(self._is_resident))
 
     def _start_workers(self) -> None:
-        self._alive += self._threads
         for number in range(self._threads):
-            thread = threading.Thread(
-                target=self._guarded, args=(self._work,), name=f"tq-stream-reader-{number}", daemon=True
-            )
+            name = f"tq-stream-reader-{number}"
+            thread = threading.Thread(target=self._run_reader, name=name, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the system allows no more threads: fewer do as well
+                if not self._alive:
+                    raise StreamerError(f"no thread can be started to read weights ({error})") from error
+                return
+            self._alive += 1
             self._workers.append(thread)
-            thread.start()
 
     def grant(self, unit: int) -> None:
         """The next load of a streamed unit may be copied to its place by whatever is queued from here on."""
@@ -248,7 +257,7 @@ class HostWeights:
                     self._granted[unit] = self._queued[unit] = 0
             self._free = deque(range(len(self._slots)))
             self._error = None
-            if self._is_done and not self._has_all():
+            if (self._is_done or not self._alive) and not self._has_all():
                 self._is_done = False
                 self._start_workers()
             self._wakes.notify_all()
@@ -306,7 +315,7 @@ class HostWeights:
         try:
             memory = HostMemory(nbytes)
             memory.prepare()
-        except OSError as error:
+        except (OSError, RuntimeError, MemoryError) as error:  # torch says the last two in its own words
             logger.info("host memory: %s", error)
             return None
         if self._is_cuda and not memory.pin():
@@ -327,14 +336,28 @@ class HostWeights:
             self._kept = [unit for unit in self._kept if unit not in set(units)]
 
     # ------------------------------------------------------------ reader threads
-    def _guarded(self, work: Callable[[], None]) -> None:
-        """Runs a thread; what nobody foresaw is raised where units are waited for, instead of waiting for ever."""
+    def _run_reader(self) -> None:
+        """A reader thread; what nobody foresaw is raised where units are waited for, instead of waiting for ever."""
         try:
-            work()
+            with self._device_context():
+                self._work()
         except BaseException as error:  # noqa: BLE001  handed to the thread that computes, which raises it
             with self._lock:
+                self._alive -= 1
                 self._error = self._error or error
                 self._progress.notify_all()
+
+    def _run_memory(self) -> None:
+        """The thread that prepares memory; without it a run is slower, not wrong."""
+        try:
+            with self._device_context():
+                self._prepare_segments()
+        except Exception as error:  # noqa: BLE001  torch and the driver have their own kinds
+            logger.warning("preparing host memory failed: %s", reason_of(error))
+            self._give_up([u for u in self._kept if u not in self._ready_memory and u not in self._held])
+
+    def _device_context(self) -> AbstractContextManager[object]:
+        return torch.cuda.device(self._device) if self._is_cuda else nullcontext()
 
     def _work(self) -> None:
         while True:

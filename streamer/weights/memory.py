@@ -30,13 +30,15 @@ class HostMemory:
 
     def __init__(self, nbytes: int):
         # private: a shared anonymous map is shmem, which gets no huge pages
-        self._map = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._length = max(nbytes, mmap.PAGESIZE)
+        pages = mmap.mmap(-1, self._length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             try:
-                self._map.madvise(mmap.MADV_HUGEPAGE)
+                pages.madvise(mmap.MADV_HUGEPAGE)
             except OSError as error:
                 logger.info("huge pages are not available (%s)", error)
-        self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)[:nbytes]
+        # the tensor alone keeps the map: with its last view the pages go back to the system
+        self.tensor = torch.frombuffer(pages, dtype=torch.uint8)[:nbytes]
         self.is_pinned = False
 
     def prepare(self) -> None:
@@ -48,7 +50,7 @@ class HostMemory:
         if sys.platform == "linux":
             # not mmap.madvise, which holds Python's lock: the thread that computes would stand still for 50 ms
             libc = ctypes.CDLL(None, use_errno=True)
-            start, length = ctypes.c_void_p(self.tensor.data_ptr()), ctypes.c_size_t(len(self._map))
+            start, length = ctypes.c_void_p(self.tensor.data_ptr()), ctypes.c_size_t(self._length)
             if libc.madvise(start, length, _POPULATE_WRITE) == 0:
                 return
             code = ctypes.get_errno()
@@ -58,7 +60,7 @@ class HostMemory:
 
     def pin(self) -> bool:
         """Page-lock the memory; False if the driver refuses."""
-        code = int(torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), len(self._map), 1))  # 1 = portable
+        code = int(torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), self._length, 1))  # 1 = portable
         if code == 0:
             self.is_pinned = True
             self._unpin = weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, self.tensor.data_ptr())

@@ -4,6 +4,7 @@ A piece is small enough that several threads read several pieces of one unit at 
 around a read costs nothing beside it.
 """
 
+import ctypes
 import threading
 import weakref
 from collections.abc import Sequence
@@ -65,7 +66,7 @@ def split(unit: Unit, index: int, slot_bytes: int) -> tuple[Piece, ...]:
                 parts, taken = [], 0
             parts.append(part)
             taken += part.room
-    if parts:
+    if parts or not pieces:  # a unit without bytes is loaded too
         pieces.append(Piece(index, tuple(parts)))
     return tuple(pieces)
 
@@ -75,7 +76,8 @@ class PieceReader:
 
     Args:
         checkpoint: opened. model: the class on meta, asked by transformers' conversions; not kept alive by this.
-        units: of a pass. slot_bytes: size of a piece at most. direct: read around the page cache.
+        units: of a pass. slot_bytes: size of a piece at most.
+        direct: read around the page cache; what is not stored as it runs is read from the files' maps all the same.
     """
 
     def __init__(
@@ -120,7 +122,8 @@ class PieceReader:
             else:
                 target = self._read(part, room)
                 if own is not None:
-                    own.copy_(target)
+                    # not copy_, for which torch would start threads of its own beside each reader
+                    ctypes.memmove(own.data_ptr(), target.data_ptr(), part.nbytes)
                     target = own
             views.append((part.at, target))
         return views

@@ -30,6 +30,7 @@ class ReadEachTime:
     def __init__(self, reader: PieceReader, resident: Collection[int]):
         self.reader, self.resident, self.sent = reader, resident, list[int]()
         self.arrived = list[torch.cuda.Event]()
+        self.is_settled, self.has_failed = True, False
 
     def start(self, places: Sequence[torch.Tensor], stream: torch.cuda.Stream | None) -> None:
         self.places = places

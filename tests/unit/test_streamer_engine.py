@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from streamer import ContextLengthError, OptionError, StreamingEngine
+from streamer.engine import free_ram
 from streamer.errors import DoesNotFitError, MissingTensorError
 from turboquant import OptionError as TurboQuantOptionError
 
@@ -192,3 +193,14 @@ def test_after_an_error_in_a_layer_the_engine_answers_again(engine: StreamingEng
         engine.generate("abc", max_new_tokens=5, temperature=0)
     engine.stats.on_progress = None
     assert engine.generate("abc", max_new_tokens=5, temperature=0) == wanted
+
+
+def test_free_memory_is_what_a_containers_limit_leaves(tmp_path: Path) -> None:
+    everything = free_ram(tmp_path)
+    assert everything > 1 << 20
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("700000\n")
+    (tmp_path / "memory.stat").write_text("anon 400000\nactive_file 100000\ninactive_file 150000\n")
+    assert free_ram(tmp_path) == pytest.approx(everything, rel=0.1)
+    (tmp_path / "memory.max").write_text("1000000\n")
+    assert free_ram(tmp_path) == 1000000 - 700000 + 250000

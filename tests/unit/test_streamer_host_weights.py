@@ -4,6 +4,8 @@ Every read writes over poisoned bytes, and every unit is compared with the check
 """
 
 import errno
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,8 +16,9 @@ import pytest
 import torch
 
 from streamer.architecture import Architecture, read_architecture, read_parameter
+from streamer.benchmark import unmapped_host_bytes
 from streamer.checkpoint import Checkpoint
-from streamer.errors import CheckpointError
+from streamer.errors import CheckpointError, StreamerError
 from streamer.weights import DeviceWeights, HostWeights, PieceReader
 from streamer.weights.memory import HostMemory
 
@@ -238,21 +241,41 @@ def test_a_reader_that_fails_is_reported_and_the_next_pass_starts_anew(
     stream.weights.close()
 
 
-@pytest.mark.parametrize("name", ["_next_piece", "_prepare_segments"])
-def test_a_thread_that_dies_is_reported(
-    architecture: tuple[Architecture, Checkpoint], name: str, monkeypatch: pytest.MonkeyPatch
+def test_readers_that_die_are_reported_and_replaced(
+    architecture: tuple[Architecture, Checkpoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bug of ours must not make a pass wait for ever."""
 
     def fail(self: HostWeights) -> None:
         raise AssertionError("planted")
 
-    monkeypatch.setattr(HostWeights, name, fail)
+    next_piece = HostWeights._next_piece
+    monkeypatch.setattr(HostWeights, "_next_piece", fail)
     stream = Stream(*architecture, set(), ALL)
     stream.weights.start()
-    with pytest.raises(AssertionError, match="planted"):
-        for _ in range(1000):
+    for _ in range(2):
+        with pytest.raises(AssertionError, match="planted"):
             stream.run()
+        stream.weights.abort()
+    monkeypatch.setattr(HostWeights, "_next_piece", next_piece)
+    stream.weights.abort()
+    stream.run(passes=2)
+    stream.weights.close()
+
+
+def test_memory_that_cannot_be_prepared_is_said_and_done_without(
+    architecture: tuple[Architecture, Checkpoint], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(self: HostWeights) -> None:
+        raise AssertionError("planted")
+
+    monkeypatch.setattr(HostWeights, "_prepare_segments", fail)
+    stream = Stream(*architecture, set(), ALL)
+    stream.weights.start()
+    stream.run(passes=3)
+    assert stream.weights.is_settled
+    assert "planted" in caplog.records[0].message
+    assert "are read from the files in every pass" in caplog.records[1].message
     stream.weights.close()
 
 
@@ -312,6 +335,111 @@ def test_weights_that_nobody_closed_end_their_threads(architecture: tuple[Archit
     while reader_names() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert reader_names() == []
+
+
+def test_a_script_that_just_ends_ends_well(tmp_path: Path, random_checkpoint: Callable[..., Path]) -> None:
+    """Readers inside a copy when the interpreter ends would abort it, after a good answer."""
+    folder = random_checkpoint("llama", num_hidden_layers=6)
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"""
+import sys, time, torch
+from pathlib import Path
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent)]!r}
+from test_streamer_host_weights import ALL, Stream
+from streamer.architecture import read_architecture
+from streamer.checkpoint import Checkpoint
+checkpoint = Checkpoint.open({str(folder)!r})
+stream = Stream(read_architecture(Path({str(folder)!r}), checkpoint), checkpoint, set(), set(), threads=6)
+read = stream.host._reader.read
+def slow(*arguments):
+    end = time.monotonic() + 0.3
+    while time.monotonic() < end:
+        torch.ones(1 << 20).sum()
+    return read(*arguments)
+stream.host._reader.read = slow
+stream.weights.start()
+time.sleep(0.2)
+print("answer")
+""",
+        encoding="utf-8",
+    )
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "answer\n"), done.stderr[-1000:]
+
+
+def test_memory_goes_back_to_the_system() -> None:
+    memory = HostMemory(64 << 20)
+    before = unmapped_host_bytes()
+    if before is None:
+        pytest.skip("this system does not say what a process holds")
+    memory.prepare()
+    held = unmapped_host_bytes()
+    memory.close()
+    assert held is not None
+    assert held - before > 60 << 20
+    assert held - (unmapped_host_bytes() or 0) > 60 << 20
+
+
+def test_a_thread_that_cannot_be_started_leaves_the_others_to_work(
+    architecture: tuple[Architecture, Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+    for allowed in (0, 1):
+        begun = [0]
+
+        def limited(thread: threading.Thread, begun: list[int] = begun, allowed: int = allowed) -> None:
+            begun[0] += thread.name.startswith("tq-stream-reader")
+            if thread.name.startswith("tq-stream-reader") and begun[0] > allowed:
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", limited)
+        stream = Stream(*architecture, set(), set())
+        if allowed:
+            stream.weights.start()
+            stream.run(passes=2)
+        else:
+            with pytest.raises(StreamerError, match="no thread can be started"):
+                stream.weights.start()
+        stream.weights.close()
+
+
+def test_an_abort_that_is_interrupted_is_made_up_for(
+    architecture: tuple[Architecture, Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = Stream(*architecture, {2}, {0, 1})
+    stream.weights.start()
+    for index in range(5):
+        stream.weights.wait(index)
+    restart = stream.host.restart
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stream.host, "restart", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stream.weights.abort()
+    monkeypatch.setattr(stream.host, "restart", restart)
+    stream.run(passes=2)
+    stream.weights.close()
+
+
+def test_a_cast_from_a_file_that_was_cut_is_an_error_not_the_end_of_the_process(
+    random_checkpoint: Callable[..., Path],
+) -> None:
+    folder = random_checkpoint("llama", dtype="bfloat16", num_hidden_layers=6, hidden_size=128)
+    with Checkpoint.open(folder) as checkpoint:
+        read = read_architecture(folder, checkpoint, dtype="float32")
+        stream = Stream(read, checkpoint, set(), set())
+        stream.weights.start()
+        stream.run()
+        path = next(iter(checkpoint.tensors.values())).shard
+        with path.open("r+b") as file:
+            file.truncate(path.stat().st_size // 2)
+        with pytest.raises(CheckpointError, match="has become shorter"):
+            stream.run(passes=5)
+        stream.weights.close()
 
 
 def test_the_first_pass_does_not_wait_for_whole_units(architecture: tuple[Architecture, Checkpoint]) -> None:

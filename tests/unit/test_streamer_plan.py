@@ -196,3 +196,29 @@ def test_head_slices_cover_every_row_once(qwen_14b: Architecture) -> None:
         assert rows[0][0] == 0
         assert rows[-1][1] == 152064
         assert all(a[1] == b[0] for a, b in itertools.pairwise(rows))
+
+
+def test_everything_is_kept_beside_smaller_slots_where_it_just_fits(qwen_14b: Architecture) -> None:
+    wanted = {"resident_layers": 0, "vram_bytes": 8 * GIB}
+    roomy = plan_of(qwen_14b, **wanted)
+    least = roomy.bytes_at("host") - roomy.staging_bytes + (32 << 20)
+    plan = plan_of(qwen_14b, **wanted, ram_bytes=least)
+    assert (plan.host, plan.staged_bytes) == ("pinned", 0)
+    assert plan.bytes_at("host") <= least
+
+
+def test_too_many_resident_layers_name_how_many_fit(qwen_14b: Architecture) -> None:
+    with pytest.raises(DoesNotFitError, match="--resident ") as caught:
+        plan_of(qwen_14b, resident_layers=47)
+    named = int(str(caught.value).split("--resident ")[1].split(",")[0])
+    assert plan_of(qwen_14b, resident_layers=named, prefill_chunk=128).device_bytes <= 24 * GIB
+    with pytest.raises(DoesNotFitError):
+        plan_of(qwen_14b, resident_layers=named + 1)
+
+
+def test_a_little_more_memory_costs_a_layer_at_most(qwen_14b: Architecture) -> None:
+    """A second layer in the ring, or a larger chunk, is taken when it fits; nothing else grows what streams."""
+    plans = [plan_of(qwen_14b, vram_bytes=budget << 28) for budget in range(12, 132, 3)]
+    layer = qwen_14b.layer_bytes // 48
+    for fewer, more in itertools.pairwise(plans):
+        assert more.streamed_bytes <= 1.06 * fewer.streamed_bytes + layer
