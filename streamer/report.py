@@ -6,6 +6,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from streamer.architecture import Architecture
 from streamer.forecast import BudgetRow, Forecast, Lever, Machine, budget_rows, format_rate, predict
@@ -69,16 +70,16 @@ class MemoryReport:
     def __str__(self) -> str:
         console = Console(width=100, no_color=True, highlight=False)
         with console.capture() as capture:
-            for table in self.tables():
-                console.print(table)
+            for part in self.parts():
+                console.print(part)
         return capture.get().rstrip()
 
-    def tables(self) -> list[Table]:
-        """The report as tables: the parts, and, where there are any, the budgets."""
-        return [self._parts(), *([self._budgets()] if self.budgets else [])]
+    def parts(self) -> list[Table | Text]:
+        """What a console prints: the table of parts, sentences about it, and, where there are any, the budgets."""
+        return [self._parts(), Text(self._sentences() + "\n"), *([self._budgets()] if self.budgets else [])]
 
     def _parts(self) -> Table:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=self._caption(), caption_justify="left")
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("part", overflow="fold")
         table.add_column("where")
         table.add_column("predicted", justify="right")
@@ -96,7 +97,7 @@ class MemoryReport:
             )
         return table
 
-    def _caption(self) -> str:
+    def _sentences(self) -> str:
         kv = next(row for row in self.rows if row.name == "KV cache")
         size = kv.predicted_bytes if kv.measured_bytes is None else kv.measured_bytes
         lines = [

@@ -158,5 +158,5 @@ def _print_tables(report: "MemoryReport") -> None:
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL)
-    for table in report.tables():
-        console.print(table)
+    for part in report.parts():
+        console.print(part)

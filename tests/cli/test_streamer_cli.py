@@ -927,6 +927,6 @@ def test_a_resident_run_on_a_gpu_says_that_nothing_streams(tiny: Path) -> None:
 
 @pytest.mark.gpu
 def test_a_report_measures_the_link_of_this_gpu(tiny: Path) -> None:
-    result = tq_stream("memory-report", tiny, "--vram", "4GiB")
+    result = tq_stream("memory-report", tiny, "--vram", "4GiB", "--resident", "0")
     assert result.exit_code == 0, result.stderr
     assert "GB/s" in result.stdout
