@@ -387,8 +387,16 @@ def _fill_up(units: Sequence[Unit], resident: set[int], capacity: int, left: int
 
 
 def _spread(streaming: int, count: int) -> list[bool]:
-    """Which of `count` layers stream when `streaming` of them do, evenly spread."""
-    return [(i + 1) * streaming // count > i * streaming // count for i in range(count)]
+    """Which of `count` layers stream when `streaming` of them do: evenly spread, the first and the last among them.
+
+    Between the last and the first, sampling and Python already give the copy time to hide; resident layers there would
+    leave the link idle.
+    """
+    if streaming < 2:
+        return [streaming == 1 and i == count - 1 for i in range(count)]
+    gaps = streaming - 1
+    places = {(k * (count - 1) + gaps // 2) // gaps for k in range(streaming)}
+    return [i in places for i in range(count)]
 
 
 @dataclass(frozen=True)
