@@ -84,8 +84,9 @@ def reader_names() -> list[str]:
 
 @pytest.fixture(autouse=True)
 def no_thread_is_left() -> Iterator[None]:
+    before = set(threading.enumerate())
     yield
-    assert reader_names() == []
+    assert [thread.name for thread in set(threading.enumerate()) - before if thread.name.startswith("tq-stream-")] == []
 
 
 ALL = set(range(12))
@@ -175,12 +176,13 @@ def test_memory_that_is_ready_late_is_used_from_then_on(
 def test_a_warm_start_leaves_the_first_pass_to_the_slots(architecture: tuple[Architecture, Checkpoint]) -> None:
     stream = Stream(*architecture, {3}, ALL - {3}, keeps_late=True)
     stream.weights.start()
-    for index in range(11):
+    for index in range(7):  # the ring holds two layers: no room for the last unit yet
         stream.weights.wait(index)
         stream.weights.release(index)
         assert not stream.host._segments
-    stream.weights.wait(11)
-    stream.weights.release(11)
+    for index in range(7, 12):
+        stream.weights.wait(index)
+        stream.weights.release(index)
     deadline = time.monotonic() + 20
     while stream.host._alive and time.monotonic() < deadline:
         stream.run()
