@@ -139,7 +139,7 @@ def run_streamed(args: argparse.Namespace, watcher: PeakWatcher) -> Iterator[dic
     moved = weights.bytes_moved
     first_s = first_token_s(model, ids)
     prompt_bytes = (weights.bytes_moved - moved) / 3
-    blocked_s, from_disk = getattr(weights, "blocked_s", None), disk_bytes_read()
+    blocked_s, from_disk = weights.blocked_s, disk_bytes_read()
     timing = timed_generate(model, ids, 1 + args.new)
     passes = 1 + args.new  # the prompt is one
     row = {
@@ -152,7 +152,7 @@ def run_streamed(args: argparse.Namespace, watcher: PeakWatcher) -> Iterator[dic
         "streamed_bytes": plan.streamed_bytes,
         "staged_bytes": plan.staged_bytes,
         "prompt_bytes": prompt_bytes,
-        "blocked_s": weights.blocked_s - blocked_s if blocked_s is not None else None,
+        "blocked_s": weights.blocked_s - blocked_s,
         "disk_bytes_per_pass": (disk_bytes_read() - from_disk) / passes if from_disk is not None else None,
         "host": plan.host,
         "uses_direct_io": plan.direct_io,

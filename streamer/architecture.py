@@ -17,6 +17,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -25,10 +26,13 @@ from streamer.errors import MissingTensorError, TensorMismatchError, Unsupported
 from turboquant import KeyBias
 from turboquant.hf import (
     ATTENTION_NAME,
+    LayerShape,
     TurboQuantCache,
     attention_of,
     decoder_layers,
     key_bias_of,
+    layer_shape,
+    plain_cache_layers,
     register_attention,
     rotary_of,
 )
@@ -192,6 +196,18 @@ class Architecture:
     def uses_own_attention(self) -> bool:
         """Whether the compressed cache is read in place (else each layer is unpacked for its call)."""
         return self.attention == ATTENTION_NAME
+
+    @cached_property
+    def cache_layers(self) -> tuple[tuple[LayerShape, int | None], ...]:
+        """For each layer the shape of its keys and values, and its sliding window (None: it reads everything)."""
+        plain = plain_cache_layers(self.decoder_config)
+        return tuple(
+            (
+                layer_shape(self.decoder_config, i),
+                layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None,
+            )
+            for i, layer in enumerate(plain)
+        )
 
     @cached_property
     def has_float32_attention(self) -> bool:

@@ -4,7 +4,6 @@ import itertools
 import statistics
 import threading
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +13,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from streamer.errors import OptionError
+from streamer.weights import current_device
 
 _HOST_SAMPLE_S = 0.05
 
@@ -81,7 +81,7 @@ def timed_generate(model: Any, ids: torch.Tensor, new_tokens: int) -> Timing:
     if new_tokens < 1:
         raise OptionError(f"at least 1 token is generated; got {new_tokens}")
     clock = _Clock()
-    with torch.inference_mode(), torch.cuda.device(ids.device) if ids.is_cuda else nullcontext():
+    with torch.inference_mode(), current_device(ids.device):
         if ids.is_cuda:
             torch.cuda.synchronize()
         start = time.perf_counter()

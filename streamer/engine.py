@@ -4,7 +4,6 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,20 +24,18 @@ from streamer.errors import ContextLengthError, DoesNotFitError, OptionError, Un
 from streamer.forecast import Lever, Machine, machine_of_run, next_lever
 from streamer.generation import StopWhen, TokenSink, generation_config, seeded
 from streamer.options import parse_dtype, parse_size
-from streamer.plan import CONTEXT_BYTES, CacheSettings, Plan, Request, cache_bytes, make_plan
+from streamer.plan import CONTEXT_BYTES, SPARE_VRAM_BYTES, CacheSettings, Plan, Request, cache_bytes, make_plan
 from streamer.report import MemoryReport, build_report
 from streamer.resolve import resolve_model
 from streamer.runtime import Runtime, build_runtime, measured_context_bytes
 from streamer.stats import RunStats
 from streamer.text import TextPieces
+from streamer.weights import current_device
 
 logger = logging.getLogger("streamer")
 
 # Context that is planned for when neither the user nor a prompt says one.
 DEFAULT_CONTEXT = 4096
-
-# Device memory left to others when no budget is given.
-_SPARE_VRAM_BYTES = 512 << 20
 
 # Share of the free host memory that page-locked weights may take when no budget is given.
 _RAM_SHARE = 0.9
@@ -255,7 +252,7 @@ class StreamingEngine:
             runtime.caches.capacity_tokens = len(ids) + new_tokens  # in exact size, whatever the plan has room for
             self.stats.start(len(ids))
             try:
-                with seeded(seed), _current(self._device):
+                with seeded(seed), current_device(self._device):
                     cast(Any, runtime.model).generate(
                         tokens.to(self._device),
                         attention_mask=torch.ones_like(tokens).to(self._device),
@@ -331,7 +328,7 @@ class StreamingEngine:
     def _free_vram(self) -> int:
         free, _ = torch.cuda.mem_get_info(self._device)
         idle = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-        return int(free) + idle + CONTEXT_BYTES - _SPARE_VRAM_BYTES
+        return int(free) + idle + CONTEXT_BYTES - SPARE_VRAM_BYTES
 
     def _ensure(self, context: int, batch: int) -> Runtime:
         """A runtime with room for `context` tokens of `batch` rows; the present one where it has."""
@@ -348,7 +345,7 @@ class StreamingEngine:
             self.stats.note(line)
         self._architecture = None  # its model is about to be changed in place
         has_cap = self._vram is not None
-        with _current(self._device):  # page-locking, too, makes a context where none is
+        with current_device(self._device):  # page-locking, too, makes a context where none is
             self._runtime = build_runtime(
                 architecture, plan, biases, self._checkpoint, self._device, self.stats, has_cap=has_cap
             )
@@ -464,7 +461,8 @@ def plan_report(
     Source: own.
     """
     vram_bytes, run_dtype = parse_size(vram), parse_dtype(dtype)
-    ram_bytes = parse_size(ram) if ram is not None else int(_RAM_SHARE * free_ram())
+    free = free_ram() if ram is None else None
+    ram_bytes = parse_size(ram) if ram is not None else int(_RAM_SHARE * (free or 0))
     _check_layout(context, prefill_chunk, resident)
     folder = resolve_model(str(model), offline=offline, on_line=on_note).folder
     with Checkpoint.open(folder) as checkpoint:
@@ -474,7 +472,7 @@ def plan_report(
         context=context or min(limit, DEFAULT_CONTEXT),
         vram_bytes=vram_bytes,
         ram_bytes=ram_bytes,
-        free_ram_bytes=free_ram() if ram is None else None,
+        free_ram_bytes=free,
         direct_io=direct_io,
         resident_layers=resident,
         prefill_chunk=prefill_chunk,
@@ -544,8 +542,3 @@ def model_context(config: PreTrainedConfig) -> int:
     if rope.get("rope_type") == "yarn" and rope.get("original_max_position_embeddings") and rope.get("factor"):
         return max(limit, int(rope["factor"] * rope["original_max_position_embeddings"]))
     return limit
-
-
-def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Within this, `device` is the one that CUDA calls without a device mean."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -12,14 +12,11 @@ from typing import Literal
 from streamer.architecture import Architecture
 from streamer.errors import DoesNotFitError
 from streamer.options import GIB, format_size
-from streamer.plan import Plan, Request, make_plan
+from streamer.plan import SPARE_VRAM_BYTES, Plan, Request, make_plan
 from streamer.stats import RunStats
 
 # Memory of common cards.
 COMMON_VRAM_BYTES = tuple(size * GIB for size in (6, 8, 12, 16, 24, 32, 48, 80))
-
-# What a card's memory is less than its name says, or what others hold of it: as when no --vram is given.
-_SPARE_VRAM_BYTES = 512 << 20
 
 # A change of an option is worth a line from here on.
 _WORTH = 1.05
@@ -205,9 +202,9 @@ def next_lever(
     gains.append(search.first_gain((f"--vram {size // GIB}GiB", replace(request, vram_bytes=size)) for size in own))
     best = max((gain for gain in gains if gain is not None), key=lambda gain: gain[0], default=None)
     if best is None:
-        larger = [size for size in COMMON_VRAM_BYTES if size - _SPARE_VRAM_BYTES > max(device_bytes, vram_bytes)]
+        larger = [size for size in COMMON_VRAM_BYTES if size - SPARE_VRAM_BYTES > max(device_bytes, vram_bytes)]
         best = search.first_gain(
-            (f"a GPU with {size // GIB} GiB", replace(request, vram_bytes=size - _SPARE_VRAM_BYTES)) for size in larger
+            (f"a GPU with {size // GIB} GiB", replace(request, vram_bytes=size - SPARE_VRAM_BYTES)) for size in larger
         )
     if best is None:
         return Lever(bound_by, None, "no single option gains 5 % or more", None)

@@ -29,6 +29,8 @@ _NOT_PER_TOKEN = frozenset({"attention_mask", "past_key_values", "layer_past", "
 class Weights(Protocol):
     """What a streamed module asks of its weights (DeviceWeights, MappedWeights)."""
 
+    blocked_s: float
+
     def parameter(self, unit: int, parameter: Parameter) -> torch.Tensor: ...
     def is_streamed(self, unit: int) -> bool: ...
     def wait(self, unit: int) -> None: ...
@@ -190,7 +192,7 @@ class StreamedLayer(nn.Module):
 
     def _blocked_s(self) -> float:
         """Seconds that this thread has waited for readers of weights since the model was assembled."""
-        return float(getattr(self._gates[0]._weights, "blocked_s", 0.0)) if self._gates else 0.0
+        return self._gates[0]._weights.blocked_s if self._gates else 0.0
 
 
 class RunSettings:

@@ -12,6 +12,9 @@ from streamer.errors import OptionError
 
 KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
 
+# Rates are printed in decimal units, as data sheets give them.
+GB = 10**9
+
 # A bare letter means the binary unit: people who type 8G for a graphics card mean the 8 GiB that it is sold with.
 _BYTES_PER_UNIT = {
     "b": 1,
@@ -23,7 +26,7 @@ _BYTES_PER_UNIT = {
     "mb": 10**6,
     "g": GIB,
     "gib": GIB,
-    "gb": 10**9,
+    "gb": GB,
     "t": TIB,
     "tib": TIB,
     "tb": 10**12,

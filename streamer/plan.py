@@ -5,13 +5,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers.cache_utils import DynamicSlidingWindowLayer
-
 from streamer.architecture import Architecture, Unit, aligned, head_slices
 from streamer.errors import DoesNotFitError
-from streamer.options import format_size
+from streamer.options import GIB, format_size
 from streamer.schedule import ring_extent
-from turboquant.hf import FLOAT32_SCORE_BYTES, layer_shape, plain_cache_layers
+from turboquant.hf import FLOAT32_SCORE_BYTES
 from turboquant.policy import Precision, layer_precisions
 from turboquant.store import StoreOptions, store_bytes
 
@@ -23,6 +21,9 @@ _RING_LAYERS, _RING_LAYERS_FOR_PROMPTS = 1.2, 2.0
 # CUDA context, loaded kernels and library handles: what the driver counts for the process beside torch's allocator.
 # Measured on an H100 with CUDA 13: 765 to 807 MiB once cuBLAS, SDPA and copies have run.
 CONTEXT_BYTES = 832 << 20
+
+# Device memory left to others when no budget is given; a card's memory is a little less than its name says, too.
+SPARE_VRAM_BYTES = 512 << 20
 
 # cuBLAS takes 32 MiB a stream on Hopper, 8 MiB before; the allocator rounds blocks and keeps small pools.
 _WORKSPACE_BYTES = 64 << 20
@@ -149,21 +150,19 @@ class Plan:
 
 def cache_bytes(architecture: Architecture, request: Request) -> int:
     """Bytes of the cache's tensors with room for request.context tokens of request.batch rows, key biases apart."""
-    config, cache, item = architecture.decoder_config, request.cache, architecture.dtype.itemsize
-    plain = plain_cache_layers(config)
+    cache, item = request.cache, architecture.dtype.itemsize
     precisions = layer_precisions(
-        len(plain),
+        architecture.num_layers,
         bits=cache.bits,
         key_bits=cache.key_bits,
         value_bits=cache.value_bits,
         protected_layers=cache.protected_layers,
     )
     total = 0
-    for i, (layer, precision) in enumerate(zip(plain, precisions, strict=True)):
-        shape = layer_shape(config, i)
+    for (shape, window), precision in zip(architecture.cache_layers, precisions, strict=True):
         width = shape.num_kv_heads * (shape.key_dim + shape.value_dim) * item
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            total += request.batch * width * min(request.context, layer.sliding_window - 1)
+        if window is not None:
+            total += request.batch * width * min(request.context, window - 1)
         elif precision == Precision(16, 16):
             total += request.batch * width * request.context
         else:
@@ -200,7 +199,7 @@ def make_plan(architecture: Architecture, request: Request, *, key_bias_bytes: i
         raise DoesNotFitError(
             f"the run needs {format_size(best.bytes_at('host'))} of host memory at least and "
             f"{format_size(request.ram_bytes)} may be used.\n  {_listed(best, 'host')}\n"
-            f"  Try --ram {-(-best.bytes_at('host') * 4 // 2**30) / 4:g}GiB."
+            f"  Try --ram {_rounded_up(best.bytes_at('host'))}."
         )
     return best
 
@@ -422,11 +421,12 @@ def _lay_out_host(request: Request, units: Sequence[Unit], resident: Collection[
     converting = 3 * max(made, default=0)
     left = request.ram_bytes - PROCESS_BYTES - converting - table_bytes
     slot, slots = _slots(units, left, needed)
-    room = left - slot * slots
+    staging = slot * slots
+    room = left - staging
     kept = frozenset(streamed) if needed <= room else _spread_kept(units, streamed, needed, room)
     staged = sum(units[i].nbytes for i in streamed if i not in kept)
     free = request.free_ram_bytes if request.free_ram_bytes is not None else request.ram_bytes
-    cacheable = free - slot * slots - (needed - staged)
+    cacheable = free - staging - (needed - staged)
     direct = request.direct_io if request.direct_io is not None else staged > cacheable
     notes = []
     if staged:
@@ -435,7 +435,7 @@ def _lay_out_host(request: Request, units: Sequence[Unit], resident: Collection[
             f"{format_size(request.ram_bytes)} that may be used; {format_size(staged)} are read from the files in "
             "every pass" + (", around the page cache" if direct else "")
         )
-    return _HostLayout(kept, staged, slot * slots, slot, converting, direct, tuple(notes))
+    return _HostLayout(kept, staged, staging, slot, converting, direct, tuple(notes))
 
 
 def _slots(units: Sequence[Unit], left: int, needed: int) -> tuple[int, int]:
@@ -478,7 +478,7 @@ def _activation_bytes(architecture: Architecture, request: Request, chunk: int) 
     prompt, batch = request.context, request.batch  # a prompt may fill the context
     tokens = batch * min(chunk if architecture.uses_own_attention else prompt, prompt)
     hidden = int(config.hidden_size)
-    shapes = [layer_shape(config, i) for i in range(architecture.num_layers)]
+    shapes = [shape for shape, _ in architecture.cache_layers]
     kv_width = max(shape.num_kv_heads * (shape.key_dim + shape.value_dim) for shape in shapes)
     q_width = int(config.num_attention_heads) * max(shape.key_dim for shape in shapes)
     inner = _inner_width(architecture)
@@ -494,8 +494,8 @@ def _activation_bytes(architecture: Architecture, request: Request, chunk: int) 
     # transformers' sliding layers keep a view of the whole last chunk until the next call
     sliding = sum(
         batch * shape.num_kv_heads * (shape.key_dim + shape.value_dim) * item * min(chunk, prompt)
-        for shape, layer in zip(shapes, plain_cache_layers(config), strict=True)
-        if isinstance(layer, DynamicSlidingWindowLayer)
+        for shape, window in architecture.cache_layers
+        if window is not None
     )
     # attention with softcap or learned sinks: float32 keys and values of a row, and a few arrays of scores
     in_float32 = 0
@@ -517,6 +517,11 @@ def _inner_width(architecture: Architecture) -> int:
     found = [getattr(config, name, None) for name in names]
     widths = [v for v in found if isinstance(v, int)]
     return max(widths) if widths else 4 * int(config.hidden_size)
+
+
+def _rounded_up(size_bytes: int) -> str:
+    """A size to type that is at least size_bytes, in quarters of a GiB."""
+    return f"{-(-size_bytes * 4 // GIB) / 4:g}GiB"
 
 
 def _listed(plan: Plan, where: str) -> str:
@@ -567,5 +572,4 @@ def _nearest(architecture: Architecture, request: Request, key_bias_bytes: int, 
         fewer = CacheSettings(bits=4)
         if needs(request.context, fewer) <= budget:
             return f"--bits 4 (needs {format_size(needs(request.context, fewer))})."
-    gib = 2**30
-    return f"--vram {-(-smallest.device_bytes * 4 // gib) / 4:g}GiB."
+    return f"--vram {_rounded_up(smallest.device_bytes)}."

@@ -19,12 +19,12 @@ import torch
 from streamer.checkpoint import DIRECT_BYTES, Checkpoint
 from streamer.errors import CheckpointError, OptionError
 
-# Pieces in which the files are read, as the staged path reads them.
+# Pieces in which the files are read: of the order of the staged path's slots (streamer/plan.py), by as many threads.
 PIECE_BYTES = 16 << 20
 
 # One copy over the link: starting it costs nothing beside it, and a power of two is what torch's page-locked
 # allocator takes without rounding up.
-_LINK_BYTES = 64 << 20
+LINK_BYTES = 64 << 20
 
 # An idle GPU lets its link fall to a slower rate, and raises it again within milliseconds of traffic.
 _WARM_UP_S = 0.05
@@ -68,7 +68,7 @@ def link_rate(
     if copies < 2:
         raise OptionError(f"at least 2 copies are timed, for the first one does not count; got {copies}")
     if source is None:
-        nbytes = _LINK_BYTES if target is None else target.nbytes
+        nbytes = LINK_BYTES if target is None else target.nbytes
         source = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=is_pinned)
     if target is None:
         target = torch.empty(source.nbytes, dtype=torch.uint8, device=device)

@@ -10,11 +10,9 @@ from rich.text import Text
 
 from streamer.architecture import Architecture
 from streamer.forecast import BudgetRow, Forecast, Lever, Machine, budget_rows, format_rate, predict
-from streamer.options import GIB, format_size
+from streamer.options import GB, GIB, format_size
 from streamer.plan import CacheSettings, Plan, cache_bytes
 from turboquant.hf import TurboQuantCache
-
-_GB = 10**9  # link rates are given in decimal units, as data sheets give them
 
 _PLACES = {"device": "GPU", "host": "host memory", "file": "files (page cache)"}
 
@@ -121,7 +119,7 @@ class MemoryReport:
         if self.link_bytes_per_s is None or rate is None or first_token_s is None:
             return ["--link-gbps 25 predicts tok/s: PCIe 4.0 x16 reaches about 25, PCIe 5.0 x16 about 55"]
         lines = [
-            f"at most {format_rate(rate)} tok/s over a link of {self.link_bytes_per_s / _GB:.1f} GB/s; "
+            f"at most {format_rate(rate)} tok/s over a link of {self.link_bytes_per_s / GB:.1f} GB/s; "
             f"a prompt's first token takes {first_token_s:.2g} s or more"
         ]
         if self.forecast.bound_by == "launches":

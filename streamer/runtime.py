@@ -11,14 +11,11 @@ from streamer.architecture import ABORT_PASS, Architecture, read_parameter
 from streamer.checkpoint import Checkpoint
 from streamer.model import RunSettings, StreamedLayer, assemble
 from streamer.plan import CONTEXT_BYTES, CacheSettings, Plan
-from streamer.rates import link_rate
+from streamer.rates import LINK_BYTES, link_rate
 from streamer.stats import RunStats
 from streamer.weights import DeviceWeights, HostWeights, MappedWeights, PieceReader
 from turboquant import KeyBias
 from turboquant.hf import TurboQuantCache, install_cache, remove_cache
-
-# Copies that measure the link: large enough that starting one costs nothing beside it.
-_LINK_BYTES = 64 << 20
 
 # Share of the files in the page cache from which on a first pass is faster than new memory can be page-locked.
 _WARM_SHARE = 0.9
@@ -137,7 +134,7 @@ def build_runtime(
             weights = DeviceWeights(plan.units, plan.resident, plan.ring_bytes, source, device)
             if plan.streamed_bytes:
                 # before anything else uses the link, from the slots to the ring: memory that is there anyway
-                link = link_rate(device, source=source.staging.tensor[:_LINK_BYTES], target=weights.ring)
+                link = link_rate(device, source=source.staging.tensor[:LINK_BYTES], target=weights.ring)
             weights.start()
         model = _assembled(architecture, plan, weights, table, checkpoint, device, stats)
     except BaseException:

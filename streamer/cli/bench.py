@@ -11,14 +11,13 @@ from streamer.cli.group import CONTEXT_SETTINGS
 from streamer.cli.parameters import TOKENS, engine_options, quiet_libraries
 from streamer.cli.screen import Screen
 from streamer.errors import ContextLengthError
-from streamer.options import format_size
+from streamer.options import GB, format_size
 
 if TYPE_CHECKING:
     from streamer.checkpoint import Checkpoint
     from streamer.engine import StreamingEngine
     from streamer.rates import FileRate, MachineRates
 
-_GB = 10**9  # rates are given in decimal units, as data sheets give them
 
 # Generations of one token whose median is the time to the first token.
 _FIRST_TOKENS = 3
@@ -188,7 +187,7 @@ def _described_rates(rates: "MachineRates") -> str:
     ]
     lines = ["rates of this machine, GB/s"]
     lines += [
-        f"  {name:46}{rate / _GB:8.2f}{f'   {origin}' if origin else ''}"
+        f"  {name:46}{rate / GB:8.2f}{f'   {origin}' if origin else ''}"
         for name, rate, origin in rows
         if rate is not None
     ]
@@ -249,8 +248,8 @@ def _described_pass(found: dict[str, Any], *, on_cpu: bool) -> str:
     if not found["streamed_bytes"]:
         return "nothing streams: all layers stay on the GPU"
     layers = f"{found['layers_resident']} of {found['num_layers']} layers stay on the GPU"
-    staged = f", {found['staged_bytes'] / _GB:.2f} GB of them from the files" if found["staged_bytes"] else ""
-    return f"{found['streamed_bytes'] / _GB:.2f} GB over the link{staged}; {layers}"
+    staged = f", {found['staged_bytes'] / GB:.2f} GB of them from the files" if found["staged_bytes"] else ""
+    return f"{found['streamed_bytes'] / GB:.2f} GB over the link{staged}; {layers}"
 
 
 def _described_bound(found: dict[str, Any], *, on_cpu: bool) -> str:

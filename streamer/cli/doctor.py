@@ -16,13 +16,11 @@ import click
 import psutil
 
 from streamer.cli.group import CONTEXT_SETTINGS
-from streamer.options import cache_dir, format_size, offline_from_environment
+from streamer.options import GB, cache_dir, format_size, offline_from_environment
 
 _PACKAGES = ("tq-stream", "torch", "transformers", "accelerate", "safetensors", "triton")
 
 _HUB_TIMEOUT_S = 2.0
-
-_GB = 10**9  # rates are given in decimal units, as data sheets give them
 
 
 @click.command(context_settings=CONTEXT_SETTINGS)
@@ -125,8 +123,8 @@ def _gpus() -> tuple[list[dict[str, Any]], str | None]:
         }
         try:
             gpu["free_bytes"] = torch.cuda.mem_get_info(index)[0]
-            gpu["pinned_gb_per_s"] = link_rate(torch.device("cuda", index), is_pinned=True) / _GB
-            gpu["pageable_gb_per_s"] = link_rate(torch.device("cuda", index), is_pinned=False) / _GB
+            gpu["pinned_gb_per_s"] = link_rate(torch.device("cuda", index), is_pinned=True) / GB
+            gpu["pageable_gb_per_s"] = link_rate(torch.device("cuda", index), is_pinned=False) / GB
         except RuntimeError as error:  # no memory left on it, say
             gpu["free_bytes"] = gpu["free_bytes"] or 0
             gpu["link_fault"] = _first_line(error)

@@ -11,7 +11,7 @@ import click
 from streamer.cli.group import CONTEXT_SETTINGS
 from streamer.cli.parameters import engine_options, quiet_libraries
 from streamer.cli.screen import Screen
-from streamer.options import format_size
+from streamer.options import GB, format_size
 
 if TYPE_CHECKING:
     from streamer.engine import StreamingEngine
@@ -23,7 +23,6 @@ _MEASURED_NEW_TOKENS = 8
 # Context of --measure when none is asked for: seconds rather than minutes on a processor.
 _MEASURED_CONTEXT = 512
 
-_GB = 10**9
 
 # Columns of a table that goes into a file or a pipe.
 _WIDTH_WITHOUT_TERMINAL = 100
@@ -86,7 +85,7 @@ def _report(
     _check_link(link_gbps, device, vram)
     from streamer.engine import StreamingEngine, plan_report
 
-    given = link_gbps * _GB if link_gbps is not None else None
+    given = link_gbps * GB if link_gbps is not None else None
     if vram is not None and (device or "cuda").startswith("cuda") and not measure:
         notes: list[str] = []
 

@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from streamer.forecast import format_rate
-from streamer.options import format_size
+from streamer.options import GB, format_size
 
 if TYPE_CHECKING:
     from streamer.engine import StreamingEngine
-
-_GB = 10**9  # link rates are given in decimal units, as data sheets give them
 
 
 @dataclass(frozen=True)
@@ -75,8 +73,8 @@ class RunSummary:
         if self.decode_link_bytes and self.decode_s:
             of_measured = ""
             if self.link_share is not None and self.link_bytes_per_s is not None:
-                of_measured = f", {100 * self.link_share:.0f} % of the {self.link_bytes_per_s / _GB:.1f} measured"
-            parts.append(f"link {self.decode_link_bytes / self.decode_s / _GB:.1f} GB/s{of_measured}")
+                of_measured = f", {100 * self.link_share:.0f} % of the {self.link_bytes_per_s / GB:.1f} measured"
+            parts.append(f"link {self.decode_link_bytes / self.decode_s / GB:.1f} GB/s{of_measured}")
         if self.peak_device_bytes is not None:
             parts.append(f"peak GPU memory {format_size(self.peak_device_bytes)}")
         else:
@@ -92,7 +90,7 @@ class RunSummary:
             "bound by "
             + {
                 "link": "the link",
-                "reader": f"reading the files ({(self.reader_bytes_per_s or 0) / _GB:.1f} GB/s)",
+                "reader": f"reading the files ({(self.reader_bytes_per_s or 0) / GB:.1f} GB/s)",
                 "launches": f"launching kernels ({1000 * (self.layer_s or 0):.2g} ms a layer on the host)",
                 "computing": "computing",
             }[self.bound_by]

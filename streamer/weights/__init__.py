@@ -2,6 +2,7 @@
 
 from streamer.weights.device import DeviceWeights, UnitSource
 from streamer.weights.host import HostWeights, MappedWeights
+from streamer.weights.memory import current_device
 from streamer.weights.pieces import PieceReader
 
-__all__ = ["DeviceWeights", "HostWeights", "MappedWeights", "PieceReader", "UnitSource"]
+__all__ = ["DeviceWeights", "HostWeights", "MappedWeights", "PieceReader", "UnitSource", "current_device"]

@@ -16,7 +16,6 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -27,7 +26,7 @@ from streamer.checkpoint import Checkpoint
 from streamer.errors import StreamerError
 from streamer.options import MIB, format_size
 from streamer.rates import usable_cores
-from streamer.weights.memory import HostMemory
+from streamer.weights.memory import HostMemory, current_device
 from streamer.weights.pieces import Piece, PieceReader
 
 logger = logging.getLogger("streamer")
@@ -111,7 +110,6 @@ class HostWeights:
         self._alive = self._busy = 0  # reader threads, and those of them that have a piece in hand
         self._error: BaseException | None = None
         # memory
-        self._slot_bytes = slot_bytes
         self.staging = self._make_staging(max(staging_bytes, slot_bytes))
         count = self.staging.tensor.numel() // slot_bytes
         self._slots = [self.staging.tensor[i * slot_bytes : (i + 1) * slot_bytes] for i in range(count)]
@@ -146,11 +144,6 @@ class HostWeights:
         self._filling: set[int] = set()
 
     # ------------------------------------------------------------ for DeviceWeights
-    @property
-    def host_bytes(self) -> int:
-        """Memory held: slots and segments."""
-        return self.staging.tensor.nbytes + sum(segment.tensor.nbytes for segment in self._segments)
-
     @property
     def held_units(self) -> frozenset[int]:
         """Units that are in page-locked memory by now."""
@@ -339,7 +332,7 @@ class HostWeights:
     def _run_reader(self) -> None:
         """A reader thread; what nobody foresaw is raised where units are waited for, instead of waiting for ever."""
         try:
-            with self._device_context():
+            with current_device(self._device):
                 self._work()
         except BaseException as error:  # noqa: BLE001  handed to the thread that computes, which raises it
             with self._lock:
@@ -350,14 +343,11 @@ class HostWeights:
     def _run_memory(self) -> None:
         """The thread that prepares memory; without it a run is slower, not wrong."""
         try:
-            with self._device_context():
+            with current_device(self._device):
                 self._prepare_segments()
         except Exception as error:  # noqa: BLE001  torch and the driver have their own kinds
             logger.warning("preparing host memory failed: %s", reason_of(error))
             self._give_up([u for u in self._kept if u not in self._ready_memory and u not in self._held])
-
-    def _device_context(self) -> AbstractContextManager[object]:
-        return torch.cuda.device(self._device) if self._is_cuda else nullcontext()
 
     def _work(self) -> None:
         while True:

@@ -11,6 +11,7 @@ import mmap
 import os
 import sys
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -74,6 +75,11 @@ class HostMemory:
             self._unpin()
             self.is_pinned = False
         self.tensor = torch.empty(0, dtype=torch.uint8)
+
+
+def current_device(device: torch.device) -> AbstractContextManager[object]:
+    """Within this, `device` is the one that CUDA calls without a device mean; nothing on the CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _clear_cuda_error() -> None:
