@@ -5,6 +5,7 @@ around a read costs nothing beside it.
 """
 
 import ctypes
+import mmap
 import threading
 import weakref
 from collections.abc import Sequence
@@ -15,6 +16,9 @@ from transformers import PreTrainedModel
 
 from streamer.architecture import Parameter, Unit, read_parameter
 from streamer.checkpoint import DIRECT_BYTES, Checkpoint
+
+# What a thread reads at once to cast it: small enough to be in its core's cache when the cast comes.
+_CAST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +81,8 @@ class PieceReader:
     Args:
         checkpoint: opened. model: the class on meta, asked by transformers' conversions; not kept alive by this.
         units: of a pass. slot_bytes: size of a piece at most.
-        direct: read around the page cache; what is not stored as it runs is read from the files' maps all the same.
+        direct: read around the page cache; what transformers makes of several tensors is read from the files' maps
+            all the same.
     """
 
     def __init__(
@@ -93,6 +98,7 @@ class PieceReader:
         self.pieces = [split(unit, index, slot_bytes) for index, unit in enumerate(units)]
         self._checkpoint, self._model = checkpoint, weakref.ref(model)
         self._converting = threading.Lock()
+        self._own = threading.local()  # of each thread: a buffer for casts
         # parameters that transformers makes of several tensors, while pieces of them are wanted: value, parts to come
         self._made: dict[tuple[int, str], tuple[torch.Tensor, int]] = {}
 
@@ -137,9 +143,8 @@ class PieceReader:
         parameter = part.parameter
         item = parameter.dtype.itemsize
         first, last = part.start // item, part.stop // item
-        if parameter.conversion is None:  # another dtype: the cast goes straight to its target
-            stored = self._checkpoint.tensor(parameter.sources[-1]).reshape(-1)
-            target.view(parameter.dtype).copy_(stored[first:last])
+        if parameter.conversion is None:
+            self._cast(parameter, first, target.view(parameter.dtype))
             return
         key = unit, parameter.name
         with self._converting:  # one at a time: each makes a whole parameter in memory
@@ -154,7 +159,26 @@ class PieceReader:
                 self._made[key] = value, left - 1
         target.view(parameter.dtype).copy_(value[first:last])
 
+    def _cast(self, parameter: Parameter, first: int, target: torch.Tensor) -> None:
+        """Elements of another dtype, from number `first` on; read, not mapped: a file that was cut is an error then."""
+        name = parameter.sources[-1]
+        stored = self._checkpoint.entry(name).dtype
+        if not hasattr(self._own, "buffer"):
+            pages = mmap.mmap(-1, _CAST_BYTES + 2 * DIRECT_BYTES)  # aligned for direct reads
+            self._own.buffer = torch.frombuffer(pages, dtype=torch.uint8)
+        step = _CAST_BYTES // stored.itemsize
+        for start in range(0, target.numel(), step):
+            stop = min(start + step, target.numel())
+            begin, end = ((first + i) * stored.itemsize for i in (start, stop))
+            read = self._checkpoint.read_part(name, begin, end, self._own.buffer, direct=self.direct)
+            target[start:stop].copy_(_as_dtype(read, stored))
+
     def forget(self) -> None:
         """Drop what was made for pieces that will not be asked for: a pass was given up."""
         with self._converting:
             self._made.clear()
+
+
+def _as_dtype(stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Bytes as elements; copied where a direct read has left them at an address that the dtype cannot be read from."""
+    return (stored if stored.data_ptr() % dtype.itemsize == 0 else stored.clone()).view(dtype)

@@ -439,8 +439,24 @@ def test_a_cast_from_a_file_that_was_cut_is_an_error_not_the_end_of_the_process(
         path = next(iter(checkpoint.tensors.values())).shard
         with path.open("r+b") as file:
             file.truncate(path.stat().st_size // 2)
-        with pytest.raises(CheckpointError, match="has become shorter"):
+        with pytest.raises(CheckpointError, match="ends at byte"):
             stream.run(passes=5)
+        stream.weights.close()
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_a_cast_goes_in_steps(
+    random_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, dtypes: tuple[str, str], direct: bool
+) -> None:
+    """Also where steps neither divide the parameters nor begin at a block of the disk."""
+    monkeypatch.setattr("streamer.weights.pieces._CAST_BYTES", 3000)
+    stored, run = dtypes
+    folder = random_checkpoint("llama", dtype=stored, num_hidden_layers=3, hidden_size=128)
+    with Checkpoint.open(folder) as checkpoint:
+        stream = Stream(read_architecture(folder, checkpoint, dtype=run), checkpoint, {0}, {1, 2}, direct=direct)
+        stream.weights.start()
+        stream.run(passes=4)
         stream.weights.close()
 
 
