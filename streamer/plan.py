@@ -168,7 +168,14 @@ def cache_bytes(architecture: Architecture, request: Request) -> int:
         else:
             options = StoreOptions(precision, cache.window, cache.sinks, capacity_tokens=request.context)
             total += store_bytes(
-                request.context, request.batch, shape.num_kv_heads, shape.key_dim, shape.value_dim, options, item
+                request.context,
+                request.batch,
+                shape.num_kv_heads,
+                shape.key_dim,
+                shape.value_dim,
+                options,
+                architecture.dtype,
+                has_kernels=request.vram_bytes is not None,
             )
     return total
 

@@ -1,39 +1,39 @@
-"""Side: the keys, or the values, of one layer: a dense tail per row, and coded blocks of 64 tokens from pools."""
+"""Blocks: records of 64 tokens in slabs, and the keys or values of one layer as PyTorch writes and reads them."""
 
 from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
 
-from turboquant import planes
 from turboquant.errors import ShapeError
+from turboquant.layout import BLOCK_TOKENS, BlockLayout, SideLayout, side_parts
 from turboquant.ops.encode import encode
 from turboquant.ops.unpack import unpack
 from turboquant.rotation import Rotation, make_rotation
 
-BLOCK_TOKENS = 64
 
+class RecordPool:
+    """Records of one layout in slabs that never move once allocated.
 
-class BlockPool:
-    """Blocks of one kind (a plane, the scales, the means) in slabs that never move once allocated."""
+    Args:
+        layout: of a record. device: where they lie.
+    """
 
-    def __init__(self, block_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
-        self.block_shape, self.dtype, self.device = block_shape, dtype, device
-        self.slabs: list[torch.Tensor] = []  # each [blocks, *block_shape]
-        self._starts: list[int] = []  # id of each slab's first block
+    def __init__(self, layout: BlockLayout, device: torch.device):
+        self.layout, self.device = layout, device
+        self.slabs: list[torch.Tensor] = []  # each [records, layout.nbytes] uint8
+        self._starts: list[int] = []  # id of each slab's first record
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all slabs."""
-        return sum(slab.nbytes for slab in self.slabs)
+    def __len__(self) -> int:
+        return self._starts[-1] + self.slabs[-1].shape[0] if self.slabs else 0
 
-    def grow(self, blocks: int) -> None:
-        """Add a slab; its blocks get the next ids."""
-        self._starts.append(self._starts[-1] + self.slabs[-1].shape[0] if self.slabs else 0)
-        self.slabs.append(torch.empty((blocks, *self.block_shape), dtype=self.dtype, device=self.device))
+    def grow(self, records: int) -> None:
+        """Add a slab; its records get the next ids."""
+        self._starts.append(len(self))
+        self.slabs.append(torch.empty((records, self.layout.nbytes), dtype=torch.uint8, device=self.device))
 
-    def _runs(self, ids: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
-        """Runs of consecutive ids within a slab: (index of the run's first id, view [n, *block_shape])."""
+    def runs(self, ids: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        """Runs of consecutive ids within a slab: (index of the run's first id, view [n, layout.nbytes])."""
         start = 0
         while start < len(ids):
             slab = next(i for i in range(len(self._starts) - 1, -1, -1) if self._starts[i] <= ids[start])
@@ -45,92 +45,77 @@ class BlockPool:
             yield start, self.slabs[slab][first : first + stop - start]
             start = stop
 
-    def read(self, ids: Sequence[int]) -> torch.Tensor:
-        """Blocks [n, *block_shape]: a view where the ids are consecutive in one slab, else a copy."""
-        runs = [view for _, view in self._runs(ids)]
-        return runs[0] if len(runs) == 1 else torch.cat(runs)
-
-    def write(self, ids: Sequence[int], blocks: torch.Tensor) -> None:
-        """Store blocks [n, *block_shape] under `ids`."""
-        for start, view in self._runs(ids):
-            view.copy_(blocks[start : start + view.shape[0]])
+    def offsets(self, ids: Sequence[int]) -> list[int]:
+        """Entries of a block table: each record's distance from the first slab, and its planes in the lowest bits."""
+        planes = self.layout.key.num_planes | self.layout.value.num_planes << 2
+        start = self.slabs[0].data_ptr()
+        return [
+            view.data_ptr() - start + i * self.layout.nbytes | planes
+            for _, view in self.runs(ids)
+            for i in range(view.shape[0])
+        ]
 
 
 class Side:
-    """Keys or values of one layer, rotated.
+    """Keys or values of one layer, rotated: a dense tail per row, and their side of the records.
 
     Args:
-        bits: 2, 3, 4, or 16 to keep blocks in `dtype`.
-        rotation: applied to every vector before it comes here.
-        has_means: take the mean of each block out before coding it.
+        layout: of the side. rotation: applied to every vector before it comes here.
         tail_slots: dense tokens that each row has room for (sinks and the ring of the recent window).
         like: [B, G, T, D], a tensor of the batch, heads, width, dtype and device to serve.
     """
 
-    def __init__(self, bits: int, rotation: Rotation, has_means: bool, tail_slots: int, like: torch.Tensor):
+    def __init__(self, layout: SideLayout, rotation: Rotation, tail_slots: int, like: torch.Tensor):
         batch, heads, _, dim = like.shape
-        if dim % 8:
-            raise ShapeError(f"bit planes need a head width that is a multiple of 8; got {dim}")
-        self.bits, self.rotation = bits, rotation
+        self.layout, self.rotation = layout, rotation
         self.tail = like.new_zeros(batch, heads, tail_slots, dim)  # [B, G, slots, D]
-        self.scales: BlockPool | None = None
-        self.means: BlockPool | None = None
-        if bits == 16:
-            self.planes = [BlockPool((heads, BLOCK_TOKENS, dim), like.dtype, like.device)]
-            return
-        widths = planes.plane_bytes(dim, bits)
-        self.planes = [BlockPool((heads, BLOCK_TOKENS, width), torch.uint8, like.device) for width in widths]
-        self.scales = BlockPool((heads, BLOCK_TOKENS), torch.float16, like.device)
-        if has_means:
-            self.means = BlockPool((heads, dim), torch.float16, like.device)
-
-    @property
-    def pools(self) -> list[BlockPool]:
-        """Every pool, planes first."""
-        return [*self.planes, *(pool for pool in (self.scales, self.means) if pool is not None)]
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        """Every tensor held."""
-        return [self.tail, *(slab for pool in self.pools for slab in pool.slabs), *rotation_tensors(self.rotation)]
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., D], float32 or the model's dtype, rotated and rounded to the model's dtype: done once per token."""
         return self.rotation.apply(x).to(self.tail.dtype)
 
-    def write_blocks(self, ids: Sequence[int], tokens: torch.Tensor) -> None:
-        """Code tokens [G, n * 64, D] into the blocks `ids`."""
-        x = tokens.unflatten(1, (-1, BLOCK_TOKENS)).transpose(0, 1)  # [n, G, 64, D]
-        if self.scales is None:
-            self.planes[0].write(ids, x)
-            return
-        x = x.float()
-        if self.means is not None:
-            # rounded to fp16 before it is subtracted: what is added back is what was taken out
-            mean = _block_mean(x).half()  # [n, G, D]
-            self.means.write(ids, mean)
-            x = x - mean[..., None, :].float()
-        encoded = encode(x, self.bits)
-        for pool, plane in zip(self.planes, encoded.planes, strict=True):
-            pool.write(ids, plane)
-        self.scales.write(ids, encoded.scale)
 
-    def read_blocks(self, ids: Sequence[int]) -> torch.Tensor:
-        """Blocks `ids` as tokens [G, n * 64, D] float32, means added."""
-        if self.scales is None:
-            x = self.planes[0].read(ids).float()
-        else:
-            x = unpack(tuple(pool.read(ids) for pool in self.planes), self.scales.read(ids))  # [n, G, 64, D]
-            if self.means is not None:
-                x = x + self.means.read(ids)[..., None, :].float()
-        return x.transpose(0, 1).flatten(1, 2)
+def side_layout(bits: int, like: torch.Tensor, has_mean: bool) -> SideLayout:
+    """The layout of keys or values like [B, G, T, D].
+
+    Raises:
+        ShapeError: D is not a multiple of 8.
+    """
+    if like.shape[-1] % 8:
+        raise ShapeError(f"bit planes need a head width that is a multiple of 8; got {like.shape[-1]}")
+    return SideLayout(bits, like.shape[-1], like.dtype, has_mean)
 
 
-def rotation_tensors(rotation: Rotation) -> list[torch.Tensor]:
-    """The tensors that a rotation has drawn so far and keeps: signs and a small factor, or a dense matrix."""
-    kept = [value for held in vars(rotation).values() if isinstance(held, dict) for value in held.values()]
-    groups = [value if isinstance(value, tuple) else (value,) for value in kept]
-    return [tensor for group in groups for tensor in group if isinstance(tensor, torch.Tensor)]
+def write_records(records: torch.Tensor, layout: BlockLayout, index: int, tokens: torch.Tensor) -> None:
+    """Code the keys (0) or values (1) tokens [G, n * 64, D] into records [n, layout.nbytes]."""
+    side, _ = layout.side(index)
+    parts = side_parts(records, layout, index)
+    x = tokens.unflatten(1, (-1, BLOCK_TOKENS)).transpose(0, 1)  # [n, G, 64, D]
+    if parts.scales is None:
+        parts.planes[0].copy_(x)
+        return
+    x = x.float()
+    if parts.mean is not None:
+        # rounded to fp16 before it is subtracted: what is added back is what was taken out
+        mean = _block_mean(x).half()  # [n, G, D]
+        parts.mean.copy_(mean)
+        x = x - mean[..., None, :].float()
+    encoded = encode(x, side.bits)
+    for view, plane in zip(parts.planes, encoded.planes, strict=True):
+        view.copy_(plane)
+    parts.scales.copy_(encoded.scale)
+
+
+def read_records(records: torch.Tensor, layout: BlockLayout, index: int) -> torch.Tensor:
+    """The keys (0) or values (1) of records [n, layout.nbytes] as tokens [G, n * 64, D] float32, means added."""
+    parts = side_parts(records, layout, index)
+    if parts.scales is None:
+        x = parts.planes[0].float()
+    else:
+        x = unpack(parts.planes, parts.scales)  # [n, G, 64, D]
+        if parts.mean is not None:
+            x = x + parts.mean[..., None, :].float()
+    return x.transpose(0, 1).flatten(1, 2)
 
 
 @cache
@@ -138,7 +123,7 @@ def rotation_bytes(kind: str, dim: int) -> int:
     """Bytes that a rotation in use keeps."""
     rotation = make_rotation(kind, dim, 0)
     rotation.apply(torch.zeros(1, dim))
-    return sum(tensor.nbytes for tensor in rotation_tensors(rotation))
+    return sum(tensor.nbytes for tensor in rotation.tensors)
 
 
 def _block_mean(x: torch.Tensor) -> torch.Tensor:

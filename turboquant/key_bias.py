@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from turboquant.errors import ShapeError
+from turboquant.ops.attend.bias import padded_pairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +45,12 @@ class KeyBias:
     def nbytes(self) -> int:
         """Bytes of the tensors held."""
         return self.bias.nbytes + self.inverse_frequencies.nbytes
+
+    @property
+    def table_nbytes(self) -> int:
+        """Bytes of what the kernels read besides the bias (ops/attend/bias.py)."""
+        padded = padded_pairs(self.inverse_frequencies.numel())
+        return padded * 8 + 64 * 2 * padded * 2
 
     def to(self, device: torch.device) -> "KeyBias":
         """The same bias on `device`."""

@@ -56,6 +56,11 @@ class Rotation(ABC):
             ShapeError: the last axis is not dim, or y is not floating point.
         """
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What has been drawn so far and is kept: a matrix, or signs and a small factor, on each device used."""
+        return list(self._matrices.values())
+
     def matrix(self, device: torch.device | str | None = None) -> Tensor:
         """The rotation as a matrix: `apply(x)` equals `x @ matrix().T` up to rounding.
 
@@ -102,6 +107,10 @@ class _HadamardRotation(Rotation):
         self._butterfly_dim = dim & -dim  # m: the largest power of two that divides dim
         self._factor_dim = dim // self._butterfly_dim  # k
         self._parts: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*super().tensors, *(tensor for parts in self._parts.values() for tensor in parts)]
 
     def apply(self, x: Tensor) -> Tensor:
         signs, factor = self._signs_and_factor(x.device)

@@ -15,11 +15,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from turboquant import planes
-from turboquant.blocks import BLOCK_TOKENS, Side, rotation_bytes, rotation_tensors
+from turboquant.blocks import RecordPool, Side, read_records, rotation_bytes, side_layout, write_records
+from turboquant.device_tokens import DeviceTokens, device_tokens_bytes
 from turboquant.errors import OptionError, ShapeError, StateError
 from turboquant.key_bias import KeyBias
-from turboquant.ops.attend import Segment, attend
+from turboquant.layout import BLOCK_TOKENS, BlockLayout, PackedTokens, SideLayout
+from turboquant.ops.append import rotate
+from turboquant.ops.attend import Segment, attend, attend_packed
+from turboquant.ops.devices import kernels_serve
+from turboquant.ops.encode import encode_records
+from turboquant.ops.unpack import unpack_records
 from turboquant.policy import Precision
 from turboquant.rotation import make_rotation
 
@@ -86,6 +91,8 @@ class CompressedKV:
         self._rows: list[_Row] = []
         self._columns = 0
         self._sides: tuple[Side, Side] | None = None
+        self._pool: RecordPool | None = None
+        self._device_tokens: DeviceTokens | None = None  # where kernels serve the device
         self._uses: list[int] = []  # rows that hold each block; 0 = free
         self._free: list[int] = []
 
@@ -113,26 +120,37 @@ class CompressedKV:
     @property
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor held."""
-        held = [tensor for side in self._sides or () for tensor in side.tensors]
+        held: list[torch.Tensor] = []
+        for side in self._sides or ():
+            held += [side.tail, *(own for own in side.rotation.tensors if own.device == side.tail.device)]
+        if self._pool is not None:
+            held += self._pool.slabs
+        if self._device_tokens is not None:
+            held += self._device_tokens.tensors
         if self.key_bias is not None:
             held += [self.key_bias.bias, self.key_bias.inverse_frequencies]
         return held
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors held: dense tails, every slab (blocks in use and free), rotations, key bias."""
+        """Bytes of all tensors held: dense tails, every slab (blocks in use and free), tables, rotations, key bias."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def bytes_by_part(self) -> dict[str, int]:
-        """nbytes split into "codes" (planes), "scales", "means", "dense" (sinks and window), "rotation" and "bias"."""
-        sides = self._sides or ()
+        """nbytes split into "codes" (planes), "scales", "means", "dense", "rotation", "bias" and "tables"."""
+        sides, pool = self._sides or (), self._pool
+        layouts = [side.layout for side in sides]
+        records = 0 if pool is None else len(pool) * pool.layout.heads
         return {
-            "codes": sum(pool.nbytes for side in sides for pool in side.planes),
-            "scales": sum(side.scales.nbytes for side in sides if side.scales is not None),
-            "means": sum(side.means.nbytes for side in sides if side.means is not None),
+            "codes": records * sum(sum(layout.plane_bytes) for layout in layouts),
+            "scales": records * sum(layout.scale_bytes for layout in layouts),
+            "means": records * sum(layout.mean_bytes for layout in layouts),
             "dense": sum(side.tail.nbytes for side in sides),
-            "rotation": sum(tensor.nbytes for side in sides for tensor in rotation_tensors(side.rotation)),
+            "rotation": sum(
+                own.nbytes for side in sides for own in side.rotation.tensors if own.device == side.tail.device
+            ),
             "bias": self.key_bias.nbytes if self.key_bias is not None else 0,
+            "tables": sum(tensor.nbytes for tensor in self._device_tokens.tensors) if self._device_tokens else 0,
         }
 
     @property
@@ -194,28 +212,93 @@ class CompressedKV:
 
     def _start(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         options, slots = self.options, self.options.sinks + self._ring_tokens
-        key_rotation = make_rotation(options.rotation, keys.shape[-1], 2 * options.seed)
-        value_rotation = make_rotation(options.rotation, values.shape[-1], 2 * options.seed + 1)
-        self._sides = (
-            Side(options.precision.key_bits, key_rotation, options.block_means, slots, keys),
-            Side(options.precision.value_bits, value_rotation, False, slots, values),
+        bits = options.precision
+        layouts = (
+            side_layout(bits.key_bits, keys, options.block_means),
+            side_layout(bits.value_bits, values, False),
         )
+        rotations = (
+            make_rotation(options.rotation, keys.shape[-1], 2 * options.seed),
+            make_rotation(options.rotation, values.shape[-1], 2 * options.seed + 1),
+        )
+        self._sides = (
+            Side(layouts[0], rotations[0], slots, keys),
+            Side(layouts[1], rotations[1], slots, values),
+        )
+        self._pool = RecordPool(BlockLayout(keys.shape[1], *layouts), keys.device)
         self._rows = [_Row() for _ in range(keys.shape[0])]
         if self.key_bias is not None:
             self.key_bias = self.key_bias.to(keys.device)
+        if kernels_serve(keys.device):
+            self._device_tokens = DeviceTokens(len(self._rows), rotations, self.key_bias, keys.device)
         if options.capacity_tokens is not None:
-            self._grow(len(self._rows) * blocks_for(options.capacity_tokens, options))
+            blocks = blocks_for(options.capacity_tokens, options)
+            self._grow(len(self._rows) * blocks)
+            if self._device_tokens is not None:
+                self._device_tokens.make_room(blocks)
 
     def _append_columns(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         first, tokens = self._columns, keys.shape[2]
         key_side, value_side = self._both()
-        if self.key_bias is not None:
-            keys = keys.float() - self._key_bias_vectors(self.key_bias, first, tokens, keys.device)
-        keys, values = key_side.rotate(keys), value_side.rotate(values)
         self._columns += tokens
-        for b, row in enumerate(self._rows):
-            skip = min(max(row.pad - first, 0), tokens)  # columns of this call that are padding in this row
+        skips = [min(max(row.pad - first, 0), tokens) for row in self._rows]  # columns of this call that are padding
+        if self._device_tokens is None:
+            if self.key_bias is not None:
+                keys = keys.float() - self._key_bias_vectors(self.key_bias, first, tokens, keys.device)
+            keys, values = key_side.rotate(keys), value_side.rotate(values)
+        else:
+            on_device = self._device_tokens
+            if tokens == 1 and not any(skips):
+                self._append_one(on_device, keys, values)
+                return
+            positions = on_device.lengths
+            if any(skips):  # rows that are still in their padding hold no token to count from
+                positions = torch.tensor([first - row.pad for row in self._rows], dtype=torch.int32).to(keys.device)
+            out = keys.new_empty(keys.shape), values.new_empty(values.shape)
+            rotate(keys, values, on_device.matrices, on_device.bias, positions, out)
+            keys, values = out
+        for b, (row, skip) in enumerate(zip(self._rows, skips, strict=True)):
             self._append_row(b, row, (keys[b, :, skip:], values[b, :, skip:]))
+        self._count_on_device()
+
+    def _append_one(self, on_device: DeviceTokens, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """One token for every row, by kernels that read what they need to know on the device."""
+        key_side, value_side = self._both()
+        tails = key_side.tail, value_side.tail
+        packed = self._packed(on_device)
+        rotate(keys, values, on_device.matrices, on_device.bias, on_device.lengths, tails, packed)
+        on_device.lengths.add_(1)
+        for b, row in enumerate(self._rows):
+            row.length += 1
+            blocks = (row.length - self.options.sinks - packed.window) // BLOCK_TOKENS
+            if blocks > len(row.blocks):
+                self._code(b, row, blocks, row.length - self.options.sinks, None)
+
+    def _packed(self, on_device: DeviceTokens) -> PackedTokens:
+        key_side, value_side = self._both()
+        pool = self._records()
+        # while recording, a token that a crop may take back must not push an older one into codes
+        window = self.options.window + (TENTATIVE_TOKENS if self._records_past else 0)
+        return PackedTokens(
+            pool.layout,
+            pool.slabs[0] if pool.slabs else key_side.tail,
+            on_device.table,
+            on_device.lengths,
+            on_device.coded,
+            key_side.tail,
+            value_side.tail,
+            self.options.sinks,
+            window,
+        )
+
+    def _records(self) -> RecordPool:
+        if self._pool is None:
+            raise StateError("the store is empty: append tokens first")
+        return self._pool
+
+    def _count_on_device(self) -> None:
+        if self._device_tokens is not None:
+            self._device_tokens.set_counts([row.length for row in self._rows], [len(row.blocks) for row in self._rows])
 
     def _key_bias_vectors(self, bias: KeyBias, first: int, tokens: int, device: torch.device) -> torch.Tensor:
         columns = torch.arange(first, first + tokens, device=device)
@@ -250,15 +333,74 @@ class CompressedKV:
         for piece in range(first, last, BLOCK_TOKENS * _BLOCKS_PER_PIECE):
             stop = min(piece + BLOCK_TOKENS * _BLOCKS_PER_PIECE, last)
             ids = self._take((stop - piece) // BLOCK_TOKENS)
+            if self._device_tokens is not None:
+                self._name_on_device(self._device_tokens, b, len(row.blocks), ids)
             for i, side in enumerate(self._both()):
+                if self._device_tokens is not None and (new is None or stop <= start):
+                    self._encode_on_device(self._device_tokens, b, i, piece, ids, None, len(row.blocks))
+                    continue
                 parts = [
                     side.tail[b, :, self.options.sinks + at % self._ring_tokens :][:, :count]
                     for at, count in self._ring_runs(piece, min(stop, start))
                 ]
                 if new is not None and stop > start:
                     parts.append(new[i][:, max(piece - start, 0) : stop - start])
-                side.write_blocks(ids, parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+                tokens = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+                if self._device_tokens is not None:
+                    self._encode_on_device(self._device_tokens, b, i, piece, ids, tokens, len(row.blocks))
+                    continue
+                for at, records in self._records().runs(ids):
+                    part = tokens[:, BLOCK_TOKENS * at : BLOCK_TOKENS * (at + records.shape[0])]
+                    write_records(records, self._records().layout, i, part)
             row.blocks.extend(ids)
+
+    def _name_on_device(self, on_device: DeviceTokens, b: int, first: int, ids: Sequence[int]) -> None:
+        # room for a quarter more: a table that grew by every block would be copied by every block
+        if first + len(ids) > on_device.table.shape[1]:
+            on_device.make_room((first + len(ids)) * 5 // 4)
+        on_device.name_blocks(b, first, self._records().offsets(ids))
+
+    def _encode_on_device(
+        self,
+        on_device: DeviceTokens,
+        b: int,
+        index: int,
+        first_token: int,
+        ids: Sequence[int],
+        tokens: torch.Tensor | None,
+        first_block: int,
+    ) -> None:
+        """Blocks of row b from tokens [G, n * 64, D], or from its ring where they begin at token `first_token`."""
+        pool, side = self._records(), self._both()[index]
+        encode_records(
+            side.tail[b : b + 1] if tokens is None else tokens[None],
+            pool.layout,
+            index,
+            pool.slabs[0],
+            on_device.table[b : b + 1],
+            first_block=first_block,
+            blocks=len(ids),
+            first_slot=self.options.sinks if tokens is None else 0,
+            first_token=first_token if tokens is None else 0,
+            ring=self._ring_tokens if tokens is None else 1 << 30,
+        )
+
+    def _read(self, index: int, ids: Sequence[int]) -> torch.Tensor:
+        """Blocks `ids` of keys (0) or values (1) as tokens [G, n * 64, D] float32, means added."""
+        pool, side = self._records(), self._both()[index]
+        if self._device_tokens is not None and side.layout.num_planes:
+            entries = torch.tensor(pool.offsets(ids), dtype=torch.int64).to(side.tail.device)
+            out = side.tail.new_empty(side.tail.shape[1], BLOCK_TOKENS * len(ids), side.layout.dim, dtype=torch.float32)
+            unpack_records(pool.layout, index, pool.slabs[0], entries, out)
+            return out
+        read = [read_records(records, pool.layout, index) for _, records in pool.runs(ids)]
+        return read[0] if len(read) == 1 else torch.cat(read, dim=1)
+
+    def _turn_back(self, index: int, rotated: torch.Tensor) -> torch.Tensor:
+        """Rotated vectors [..., D] float32 as the model made them."""
+        if self._device_tokens is not None:
+            return rotated @ self._device_tokens.matrices[index]
+        return self._both()[index].rotation.invert(rotated)
 
     def _ring_runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Token ranges of [start, stop) that are contiguous in the ring: (first token, count)."""
@@ -296,14 +438,13 @@ class CompressedKV:
             blocks = (end - self.options.window) // BLOCK_TOKENS
             if blocks > len(row.blocks):
                 self._code(b, row, blocks, end, None)
+        self._count_on_device()
 
     # ---------------------------------------------------------------- blocks
     def _grow(self, blocks: int) -> None:
         if not blocks:
             return
-        for side in self._both():
-            for pool in side.pools:
-                pool.grow(blocks)
+        self._records().grow(blocks)
         self._free += range(len(self._uses), len(self._uses) + blocks)
         self._uses += [0] * blocks
 
@@ -348,6 +489,17 @@ class CompressedKV:
         rows, kv_heads, _, key_dim = key_side.tail.shape
         if batch != rows or heads % kv_heads or width != key_dim:
             raise ShapeError(f"queries {tuple(q.shape)} do not fit {rows} rows of {kv_heads} KV heads of {key_dim}")
+        if self._device_tokens is not None:
+            return attend_packed(
+                q,
+                self._packed(self._device_tokens),
+                self._device_tokens.matrices,
+                self._device_tokens.bias,
+                scale=scale,
+                softcap=softcap,
+                sink_logits=sink_logits,
+                most_blocks=max(len(row.blocks) for row in self._rows),
+            )
         groups = heads // kv_heads
         plain = q.float().unflatten(1, (kv_heads, groups))  # [B, G, H / G, T, D]
         rotated = key_side.rotation.apply(plain)
@@ -396,7 +548,7 @@ class CompressedKV:
             ids = row.blocks[first : first + _BLOCKS_PER_PIECE]
             start = sinks + BLOCK_TOKENS * first
             index = torch.arange(start, start + BLOCK_TOKENS * len(ids), device=device)
-            yield index, keys.read_blocks(ids), values.read_blocks(ids)
+            yield index, self._read(0, ids), self._read(1, ids)
         for at, count in self._ring_runs(BLOCK_TOKENS * len(row.blocks), row.length - sinks):
             yield dense(sinks + at, sinks + at % self._ring_tokens, count)
 
@@ -413,16 +565,15 @@ class CompressedKV:
             side.tail.new_empty(*side.tail.shape[:2], self._columns + extra_columns, side.tail.shape[-1])
             for side in self._both()
         )
-        key_side, value_side = self._both()
         for b, row in enumerate(self._rows):
             at = row.pad
             keys[b, :, :at], values[b, :, :at] = 0, 0
             for index, rotated_keys, rotated_values in self._pieces(b, row):
-                plain = key_side.rotation.invert(rotated_keys)
+                plain = self._turn_back(0, rotated_keys)
                 if self.key_bias is not None:
                     plain = plain + self.key_bias.vectors(index)
                 keys[b, :, at : at + len(index)] = plain.to(keys.dtype)
-                values[b, :, at : at + len(index)] = value_side.rotation.invert(rotated_values).to(values.dtype)
+                values[b, :, at : at + len(index)] = self._turn_back(1, rotated_values).to(values.dtype)
                 at += len(index)
         return keys, values
 
@@ -450,10 +601,11 @@ class CompressedKV:
                 self._back_to_ring(b, row.blocks[blocks], BLOCK_TOKENS * blocks, after_sinks)
                 self._give_back(row.blocks[blocks:])
                 del row.blocks[blocks:]
+        self._count_on_device()
 
     def _back_to_ring(self, b: int, block: int, start: int, stop: int) -> None:
         """Decode the tokens [start, stop) of a block whose first token is `start` into row b's ring."""
-        keys, values = (side.read_blocks([block]) for side in self._both())
+        keys, values = (self._read(i, [block]) for i in (0, 1))
         for at, count in self._ring_runs(start, stop):
             slot = self.options.sinks + at % self._ring_tokens
             self._write_tail(b, slot, (keys, values), at - start, count)
@@ -477,12 +629,16 @@ class CompressedKV:
         for row in self._rows:
             self._give_back(row.blocks)
         self._rows = [_Row(row.length, row.pad, list(row.blocks)) for row in chosen]
+        index = torch.tensor(list(rows), device=self._sides[0].tail.device)
         for side in self._sides:
-            side.tail = side.tail.index_select(0, torch.tensor(list(rows), device=side.tail.device))
+            side.tail = side.tail.index_select(0, index)
+        if self._device_tokens is not None:
+            self._device_tokens.select_rows(index)
 
     def reset(self) -> None:
         """Forget all tokens and give back all memory."""
-        self._rows, self._uses, self._free, self._columns, self._sides = [], [], [], 0, None
+        self._rows, self._uses, self._free, self._columns = [], [], [], 0
+        self._sides = self._pool = self._device_tokens = None
 
 
 def blocks_for(tokens: int, options: StoreOptions) -> int:
@@ -491,22 +647,30 @@ def blocks_for(tokens: int, options: StoreOptions) -> int:
 
 
 def store_bytes(
-    tokens: int, batch: int, num_kv_heads: int, key_dim: int, value_dim: int, options: StoreOptions, dtype_bytes: int
+    tokens: int,
+    batch: int,
+    num_kv_heads: int,
+    key_dim: int,
+    value_dim: int,
+    options: StoreOptions,
+    dtype: torch.dtype,
+    *,
+    has_kernels: bool = False,
 ) -> int:
     """Bytes that a CompressedKV with room for `tokens` tokens a row holds (its nbytes), before it exists.
 
-    The key bias, where there is one, comes on top (KeyBias.nbytes).
+    The key bias, where there is one, comes on top (KeyBias.nbytes, with kernels also KeyBias.table_nbytes).
+
+    Args:
+        has_kernels: whether kernels serve the device (`ops.devices.kernels_serve`), which read tables of their own.
     """
     slots = options.sinks + options.window + BLOCK_TOKENS
-    dense = batch * num_kv_heads * slots * (key_dim + value_dim) * dtype_bytes
-    block = 0
-    for bits, dim, has_means in (
-        (options.precision.key_bits, key_dim, options.block_means),
-        (options.precision.value_bits, value_dim, False),
-    ):
-        if bits == 16:
-            block += BLOCK_TOKENS * dim * dtype_bytes
-        else:
-            block += BLOCK_TOKENS * planes.vector_bytes(dim, bits) + (2 * dim if has_means else 0)
-    rotations = rotation_bytes(options.rotation, key_dim) + rotation_bytes(options.rotation, value_dim)
-    return dense + batch * blocks_for(tokens, options) * num_kv_heads * block + rotations
+    dense = batch * num_kv_heads * slots * (key_dim + value_dim) * dtype.itemsize
+    blocks = blocks_for(tokens, options)
+    key = SideLayout(options.precision.key_bits, key_dim, dtype, options.block_means)
+    value = SideLayout(options.precision.value_bits, value_dim, dtype, False)
+    if has_kernels:
+        fixed = device_tokens_bytes(batch, blocks, key_dim, value_dim)
+    else:
+        fixed = rotation_bytes(options.rotation, key_dim) + rotation_bytes(options.rotation, value_dim)
+    return dense + batch * blocks * BlockLayout(num_kv_heads, key, value).nbytes + fixed

@@ -150,7 +150,7 @@ def test_report_shows_what_is_held() -> None:
     assert (dense.kind, dense.tokens, dense.nbytes) == ("dense", 400, 2 * 2 * HEADS * 500 * DIM * 4)
     assert (coded.kind, coded.tokens, coded.coded_tokens) == ("compressed", 400, 256)
     store = cache.layers[1].store  # type: ignore[union-attr]
-    assert coded.nbytes == store_bytes(500, 2, HEADS, DIM, DIM, store.options, 4)
+    assert coded.nbytes == store_bytes(500, 2, HEADS, DIM, DIM, store.options, torch.float32)
     assert coded.nbytes == sum(coded.parts.values())
     assert coded.dense_nbytes == 2 * 2 * HEADS * 400 * DIM * 4
     assert cache.nbytes == sum(row.nbytes for row in cache.report())

@@ -59,9 +59,9 @@ def reachable_bytes(root: object) -> int:
 
 
 def pool_bytes_of_row(store: CompressedKV, row: int) -> list[torch.Tensor]:
-    """The codes, scales and means of a row's blocks, oldest first."""
+    """The records of a row's blocks, oldest first: codes, scales and means."""
     ids = store._rows[row].blocks
-    return [pool.read(ids) for side in store._both() for pool in side.pools] if ids else []
+    return [torch.cat([records for _, records in store._records().runs(ids)])] if ids else []
 
 
 def assert_same_row(one: CompressedKV, a: int, other: CompressedKV, b: int) -> None:
@@ -107,7 +107,7 @@ def test_nbytes_is_what_is_held_and_what_was_predicted(
     key_bits: int, value_bits: int, key_dim: int, value_dim: int, rotation: str
 ) -> None:
     options = StoreOptions(Precision(key_bits, value_bits), rotation=rotation, capacity_tokens=700)
-    predicted = store_bytes(700, 3, HEADS, key_dim, value_dim, options, 2)
+    predicted = store_bytes(700, 3, HEADS, key_dim, value_dim, options, torch.bfloat16)
     store = CompressedKV(options)
     assert store.nbytes == 0
     keys = draw(3, HEADS, 700, key_dim, dtype=torch.bfloat16)
@@ -123,7 +123,11 @@ def test_key_bias_is_counted() -> None:
     options = StoreOptions(Precision(4, 4), capacity_tokens=300)
     store = CompressedKV(options, key_bias=bias)
     store.append(*draw_kv(1, 300))
-    assert store.nbytes == reachable_bytes(store) == store_bytes(300, 1, HEADS, 16, 16, options, 4) + bias.nbytes
+    assert (
+        store.nbytes
+        == reachable_bytes(store)
+        == store_bytes(300, 1, HEADS, 16, 16, options, torch.float32) + bias.nbytes
+    )
     assert store.bytes_by_part()["bias"] == bias.nbytes == HEADS * 16 * 4 + 8 * 4
 
 
@@ -143,11 +147,11 @@ def test_slabs_hold_few_idle_blocks() -> None:
     store = make_store(2, window=0, sinks=0)
     for _ in range(70):
         store.append(*draw_kv(1, 64))
-    held = sum(slab.shape[0] for slab in store._both()[0].planes[0].slabs)
+    held = len(store._records())
     assert 70 <= held <= 70 * 17 / 16
     store.crop(64 * 60)
     store.append(*draw_kv(1, 64 * 60))
-    assert sum(slab.shape[0] for slab in store._both()[0].planes[0].slabs) == held, "freed blocks are used again"
+    assert len(store._records()) == held, "freed blocks are used again"
 
 
 # ---------------------------------------------------------------- errors of the code

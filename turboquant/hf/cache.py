@@ -47,7 +47,7 @@ class LayerReport:
         layer: index. kind: "compressed", "dense", "sliding window" or "empty".
         key_bits, value_bits: widths of the stored code (16 = the model's dtype).
         tokens: tokens held per row. coded_tokens: those of them held as codes.
-        nbytes: all bytes. parts: the same by kind ("codes", "scales", "means", "dense", "rotation", "bias").
+        nbytes: all bytes. parts: the same by kind ("codes", "scales", "means", "dense", "rotation", "bias", "tables").
         dense_nbytes: what the same tokens take in the model's dtype.
     """
 
@@ -510,7 +510,7 @@ def _report_layer(index: int, layer: Any) -> LayerReport:
         )
     held = layer.keys.nbytes + layer.values.nbytes if layer.is_initialized and layer.keys is not None else 0
     kind = "sliding window" if isinstance(layer, DynamicSlidingWindowLayer) else "dense"
-    parts = {"codes": 0, "scales": 0, "means": 0, "dense": held, "rotation": 0, "bias": 0}
+    parts = {"codes": 0, "scales": 0, "means": 0, "dense": held, "rotation": 0, "bias": 0, "tables": 0}
     return LayerReport(index, kind if held else "empty", 16, 16, layer.get_seq_length(), 0, held, parts, held)
 
 

@@ -1,5 +1,52 @@
 """attend: queries over keys and values stored in segments (sinks, planes, recent window)."""
 
+from torch import Tensor
+
+from turboquant.layout import PackedTokens
+from turboquant.ops.attend.bias import BiasTerms, bias_terms
 from turboquant.ops.attend.reference import Segment, attend
 
-__all__ = ["Segment", "attend"]
+__all__ = ["BiasTerms", "Segment", "attend", "attend_packed", "bias_terms"]
+
+
+def attend_packed(
+    q: Tensor,
+    packed: PackedTokens,
+    matrices: tuple[Tensor, Tensor],
+    bias: BiasTerms | None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    most_blocks: int,
+    is_mixed: bool = False,
+) -> Tensor:
+    """Attention of the newest T tokens of each row over all its tokens, read in place by a kernel.
+
+    Nothing is copied to the host and no tensor is made that grows with the context, so a CUDA graph can hold it.
+
+    Args:
+        q: [B, H, T, Dk], queries as the model made them; H a multiple of the layout's heads.
+        packed: the layer's tokens. matrices: of the rotations of keys and values, see Rotation.matrix.
+        bias: the key bias that was taken out, or None.
+        scale, softcap, sink_logits [H]: see `attend`.
+        most_blocks: of any row, at least; decides how many programs share a row.
+        is_mixed: blocks may have fewer planes than the layout says, as the entries of the table tell.
+    Returns:
+        [B, H, T, Dv] in q's dtype, a new tensor; a row that holds no token gives zeros.
+    Source: own; split-K decoding is Flash-Decoding's (Dao et al. 2023).
+    """
+    from turboquant.ops.attend import kernel
+
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    return kernel.attend_packed(
+        q,
+        packed,
+        *matrices,
+        bias,
+        scale=scale,
+        softcap=softcap,
+        sink_logits=sink_logits,
+        most_blocks=most_blocks,
+        is_mixed=is_mixed,
+    )

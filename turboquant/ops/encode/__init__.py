@@ -6,6 +6,7 @@ from torch import Tensor
 
 from turboquant.codebook import embedded_codebook
 from turboquant.errors import ShapeError
+from turboquant.layout import BlockLayout
 from turboquant.ops.encode import reference
 from turboquant.planes import pack, plane_bytes
 
@@ -52,3 +53,41 @@ def encode(x: Tensor, bits: int, *, rule: str = "unbiased") -> EncodedVectors:
     plane_bytes(x.shape[-1], bits)
     codes, scale = reference.encode_codes(x, embedded_codebook(bits), rule)
     return EncodedVectors(pack(codes, bits), scale)
+
+
+def encode_records(
+    tokens: Tensor,
+    layout: BlockLayout,
+    index: int,
+    anchor: Tensor,
+    table: Tensor,
+    *,
+    first_block: int,
+    blocks: int,
+    first_slot: int = 0,
+    first_token: int = 0,
+    ring: int = 1 << 30,
+) -> None:
+    """Blocks of rotated tokens into records, by the rule "unbiased", by a kernel: one launch for all of them.
+
+    Args:
+        tokens: [B, G, slots, D]; token t of a row lies in slot first_slot + t % ring.
+        layout, index: of the records, and keys (0) or values (1).
+        anchor, table: see PackedTokens; entry `first_block` + i of row b gives the record of its tokens
+            `first_token` + 64 i and on.
+        blocks: how many.
+    """
+    from turboquant.ops.encode import kernel
+
+    kernel.encode_records(
+        tokens,
+        layout,
+        index,
+        anchor,
+        table,
+        first_block=first_block,
+        blocks=blocks,
+        first_slot=first_slot,
+        first_token=first_token,
+        ring=ring,
+    )

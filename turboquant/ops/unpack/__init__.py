@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from turboquant.errors import OptionError, ShapeError
+from turboquant.layout import BlockLayout
 from turboquant.ops.unpack import reference
 from turboquant.planes import plane_bytes
 
@@ -25,6 +26,19 @@ def unpack(planes: Sequence[Tensor], scale: Tensor) -> Tensor:
     """
     check_planes_and_scale(planes, scale)
     return reference.unpack(planes, scale)
+
+
+def unpack_records(layout: BlockLayout, index: int, anchor: Tensor, entries: Tensor, out: Tensor) -> None:
+    """Coded keys (0) or values (1) of whole blocks as rows, means added, still rotated, by a kernel.
+
+    Args:
+        layout, index: of the records, and which side; 2 to 4 bits.
+        anchor: see PackedTokens. entries: [n] int64, offsets of the records.
+        out: [G, n * 64, D] float32, float16 or bfloat16, last axis contiguous; written.
+    """
+    from turboquant.ops.unpack import kernel
+
+    kernel.unpack_records(layout, index, anchor, entries, out)
 
 
 def check_planes_and_scale(planes: Sequence[Tensor], scale: Tensor) -> None:

@@ -1,0 +1,181 @@
+"""CompressedKV on kernels, in Triton's interpreter, against itself in plain PyTorch."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+
+from turboquant import CompressedKV, KeyBias, Precision, StoreOptions
+from turboquant.blocks import rotation_bytes
+from turboquant.store import store_bytes
+
+HEADS = 2
+
+
+@pytest.fixture
+def on_kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that makes the next store use kernels, or not."""
+
+    def use(wanted: bool) -> None:
+        monkeypatch.setattr("turboquant.store.kernels_serve", lambda device: wanted)
+
+    return use
+
+
+def draw(*shape: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+class Pair:
+    """The same tokens in a store on kernels and in one in plain PyTorch."""
+
+    def __init__(self, use: Any, options: StoreOptions, *, batch: int = 1, dim: int = 32, bias: bool = False):
+        self.batch, self.dim, self.seed = batch, dim, 0
+        self.dtype = torch.float32
+        key_bias = None
+        if bias:
+            key_bias = KeyBias(3 * draw(HEADS, dim, seed=99, dtype=torch.float32), 10_000.0 ** -torch.linspace(0, 1, 8))
+        self.stores = []
+        for wanted in (True, False):
+            use(wanted)
+            self.stores.append(CompressedKV(options, key_bias=key_bias))
+        self.use = use
+
+    def append(self, tokens: int, pads: Iterable[int] | None = None) -> None:
+        self.seed += 2
+        keys = draw(self.batch, HEADS, tokens, self.dim, seed=self.seed, dtype=self.dtype)
+        values = draw(self.batch, HEADS, tokens, self.dim, seed=self.seed + 1, dtype=self.dtype)
+        for wanted, store in zip((True, False), self.stores, strict=True):
+            self.use(wanted)
+            store.append(keys, values, None if pads is None else list(pads))
+
+    def check(self, queries: int = 1) -> None:
+        """Same tokens, same blocks, answers within float16's rounding of centroids, weights and queries."""
+        ours, plain = self.stores
+        assert ours.lengths == plain.lengths
+        assert [len(row.blocks) for row in ours._rows] == [len(row.blocks) for row in plain._rows]
+        q = draw(self.batch, 2 * HEADS, queries, self.dim, seed=1000, dtype=self.dtype)
+        out, reference = (store.attend(q, scale=self.dim**-0.5) for store in self.stores)
+        error = (out - reference).norm(dim=-1) / reference.norm(dim=-1).clamp_min(1e-9)
+        assert error.max() < 2e-3
+        for left, right in zip(ours.unpacked(), plain.unpacked(), strict=True):
+            # a code on a threshold may fall to either side: few vectors, and one cell wide
+            difference = (left - right).norm(dim=-1) / right.norm(dim=-1).clamp_min(1e-9)
+            assert (difference > 1e-3).float().mean() < 0.01
+            assert difference.max() < 0.2
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bias", [False, True])
+def test_decoding_token_by_token(on_kernels: Any, bits: int, bias: bool) -> None:
+    """Through sinks, the filling of the window, and two blocks that leave it."""
+    pair = Pair(on_kernels, StoreOptions(Precision(bits, bits), window=16, sinks=2), bias=bias)
+    pair.append(1)
+    pair.check()
+    for tokens in (70, 5):
+        pair.append(tokens)
+        pair.check(min(tokens, 3))
+    for _ in range(75):
+        pair.append(1)
+    pair.check()
+    assert len(pair.stores[0]._rows[0].blocks) == 2
+
+
+def test_a_batch_with_padding(on_kernels: Any) -> None:
+    pair = Pair(on_kernels, StoreOptions(Precision(3, 4), window=16), batch=3, bias=True)
+    pair.append(90, pads=[0, 7, 85])
+    pair.check(3)
+    for _ in range(6):
+        pair.append(1)
+    pair.check()
+    assert pair.stores[0].lengths == (96, 89, 11)
+
+
+def test_a_batch_that_is_still_padding(on_kernels: Any) -> None:
+    pair = Pair(on_kernels, StoreOptions(Precision(3, 3), window=16), batch=2)
+    pair.append(1, pads=[0, 2])
+    pair.append(1)
+    pair.append(1)
+    pair.check()
+    assert pair.stores[0].lengths == (3, 1)
+
+
+@pytest.mark.parametrize("cut", [3, 30, 100])
+def test_crop(on_kernels: Any, cut: int) -> None:
+    pair = Pair(on_kernels, StoreOptions(Precision(4, 4), window=16, sinks=2), bias=True)
+    pair.append(200)
+    for store in pair.stores:
+        store.crop(cut)
+    pair.check()
+    for _ in range(3):
+        pair.append(1)
+    pair.check()
+
+
+def test_recorded_past(on_kernels: Any) -> None:
+    """Drafts of speculative decoding: taken back, then committed."""
+    pair = Pair(on_kernels, StoreOptions(Precision(4, 4), window=16, sinks=2))
+    pair.append(60)
+    for store in pair.stores:
+        store.record_past()
+    for _ in range(40):
+        pair.append(5)
+        for store in pair.stores:
+            store.crop(2)
+    pair.check(5)
+    pair.append(1)
+    pair.check()
+
+
+def test_rows_selected(on_kernels: Any) -> None:
+    pair = Pair(on_kernels, StoreOptions(Precision(3, 3), window=16), batch=2)
+    pair.append(150, pads=[0, 10])
+    for store in pair.stores:
+        store.select_rows([1, 1])
+    pair.append(1)
+    pair.check()
+
+
+@pytest.mark.parametrize("widths", [(16, 3), (3, 16)])
+def test_one_side_uncompressed(on_kernels: Any, widths: tuple[int, int]) -> None:
+    pair = Pair(on_kernels, StoreOptions(Precision(*widths), window=16), bias=True)
+    pair.append(150)
+    pair.append(1)
+    pair.check()
+
+
+def test_codes_do_not_depend_on_the_chunking(on_kernels: Any) -> None:
+    on_kernels(True)
+    keys, values = (draw(1, HEADS, 300, 32, seed=seed, dtype=torch.bfloat16) for seed in (1, 2))
+    bias = KeyBias(draw(HEADS, 32, seed=3, dtype=torch.float32), 10_000.0 ** -torch.linspace(0, 1, 8))
+    held = []
+    for chunks in ([300], [1] * 20 + [100, 80, 3] + [1] * 97, [130, 170]):
+        store = CompressedKV(StoreOptions(Precision(3, 3), window=16), key_bias=bias)
+        start = 0
+        for size in chunks:
+            store.append(keys[:, :, start : start + size], values[:, :, start : start + size])
+            start += size
+        records = torch.cat([part for _, part in store._records().runs(store._rows[0].blocks)])
+        held.append((records, *store.unpacked()))
+    for other in held[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(held[0], other, strict=True))
+
+
+def test_growth_and_bytes(on_kernels: Any) -> None:
+    """No tensor is made in a step within a slab, and what is predicted is what is held."""
+    on_kernels(True)
+    options = StoreOptions(Precision(3, 3), window=16, sinks=2, capacity_tokens=400)
+    bias = KeyBias(draw(HEADS, 32, seed=3, dtype=torch.float32), 10_000.0 ** -torch.linspace(0, 1, 8))
+    store = CompressedKV(options, key_bias=bias)
+    keys = draw(1, HEADS, 400, 32, seed=1, dtype=torch.bfloat16)
+    predicted = store_bytes(400, 1, HEADS, 32, 32, options, torch.bfloat16, has_kernels=True)
+    # the signs that matrices are made from stay on the CPU, where in this test the cache lies as well
+    predicted += 2 * rotation_bytes("hadamard", 32)
+    for token in range(0, 400, 50):
+        store.append(keys[:, :, token : token + 49], keys[:, :, token : token + 49])
+        before = [tensor.data_ptr() for tensor in store.tensors]
+        store.append(keys[:, :, token + 49 : token + 50], keys[:, :, token + 49 : token + 50])
+        assert [tensor.data_ptr() for tensor in store.tensors] == before
+        assert store.nbytes == predicted + bias.nbytes + bias.table_nbytes
+        assert sum(store.bytes_by_part().values()) == store.nbytes

@@ -1,0 +1,338 @@
+"""Planes -> centroids in registers: the decoder that the kernels of attend, unpack and age share, and unpack's own.
+
+On CUDA a byte-permute table looks up four codes in one instruction; elsewhere (Triton's interpreter) a gather does.
+A tile of codes is decoded in the order in which its bytes lie: position p of a vector holds the coordinate
+`coordinate(p)`, so that no data moves between threads. Whoever multiplies by such a tile brings its own operand into
+the same order.
+"""
+
+import struct
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from turboquant.codebook import embedded_codebook
+from turboquant.layout import BlockLayout
+from turboquant.ops.devices import is_interpreted
+
+# Inputs: 4 bytes each of plane 0, 1 and 2 in one register, the shift of their 1-bit planes (0 or 2), and the table's
+# high and low bytes, 8 entries in 2 registers each. Outputs: for each of the 4 fields 4 float16 in 2 registers.
+_A, _Y1, _Y2, _SHIFT, _H0, _H1, _L0, _L1 = "$8", "$9", "$10", "$11", "$12", "$16", "$20", "$24"
+_CONSTRAINTS = ",".join(["=r"] * 8 + ["r"] * 20)
+
+
+def _look_up(selectors: str, outputs: tuple[str, str, str, str], sign: str | None) -> list[str]:
+    """8 look-ups: nibble i of `selectors` is field f (i even) or f + 2 (i odd) of byte i // 2.
+
+    With `sign`, a register whose bits 4i + 3 are the signs, entries are magnitudes.
+    """
+    lines = [f"shr.u32 n, {selectors}, 16;"]
+    if sign is not None:
+        lines.append(f"shr.u32 g, {sign}, 16;")
+    for nibbles, signs, low, high in (
+        (selectors, sign, outputs[0], outputs[2]),
+        ("n", "g", outputs[1], outputs[3]),
+    ):
+        lines += [f"prmt.b32 u, {_H0}, {_H1}, {nibbles};", f"prmt.b32 v, {_L0}, {_L1}, {nibbles};"]
+        if sign is not None:
+            # a selector with bit 3 set gives the sign of the byte it selects, 0xFF for 0x80
+            lines += [
+                f"prmt.b32 w, 0x80808080, 0x80808080, {signs};",
+                "shl.b32 w, w, 1;",
+                "lop3.b32 u, u, w, 0x80808080, 0xF8;",
+            ]
+        lines += [f"prmt.b32 {low}, v, u, 0x6240;", f"prmt.b32 {high}, v, u, 0x7351;"]
+    return lines
+
+
+def _assembly(planes: int) -> str:
+    """PTX that decodes 4 bytes of each of 1 to 3 planes; docs/format.md draws where the bits lie."""
+    lines = []
+    if planes >= 2:
+        lines.append(f"shl.b32 y, {_Y1}, {_SHIFT};")
+    if planes == 3:
+        lines.append(f"shl.b32 z, {_Y2}, {_SHIFT};")
+    for first in (0, 1):  # fields 0 and 2, then 1 and 3
+        code = _A
+        if first:
+            lines.append(f"shr.u32 a, {_A}, 2;")
+            code = "a"
+        if planes == 1:
+            lines.append(f"and.b32 s, {code}, 0x33333333;")
+        else:
+            bit = "y"
+            if first:
+                lines.append("shr.u32 b, y, 1;")
+                bit = "b"
+            kept = 0x33333333 if planes == 2 else 0x11111111
+            # 0xF8 = p | (q & r), the only combination of three that lop3 needs here
+            lines += [f"and.b32 t, {code}, {kept};", f"lop3.b32 s, t, {bit}, 0x44444444, 0xF8;"]
+        sign = None
+        if planes == 3:
+            lines += [f"shr.u32 c, z, {1 + first};", "lop3.b32 s, s, c, 0x22222222, 0xF8;"]
+            if first:
+                sign = _A  # field 1's sign is bit 3 of its nibble as it lies
+            else:
+                lines.append(f"shl.b32 d, {_A}, 2;")
+                sign = "d"
+        at = 2 * first
+        lines += _look_up("s", (f"${at}", f"${at + 1}", f"${at + 4}", f"${at + 5}"), sign)
+    return "{\n.reg .b32 a, b, c, d, g, n, s, t, u, v, w, y, z;\n" + "\n".join(lines) + "\n}"
+
+
+_ASSEMBLY_1 = tl.constexpr(_assembly(1))
+_ASSEMBLY_2 = tl.constexpr(_assembly(2))
+_ASSEMBLY_3 = tl.constexpr(_assembly(3))
+_ASSEMBLY_CONSTRAINTS = tl.constexpr(_CONSTRAINTS)
+
+
+def _half(value: float) -> int:
+    """The bits of a number as float16."""
+    return int(struct.unpack("<H", struct.pack("<e", value))[0])
+
+
+def permute_table(held: int, read: int) -> tuple[int, int, int, int]:
+    """Registers H0, H1, L0, L1 for codes of `held` planes, read as codes of `read` planes whose last bits are noise."""
+    positive = embedded_codebook(held + 1).centroids
+    entries = []
+    for selector in range(8):
+        if read < 3:  # selector = bit of plane 1, sign, top magnitude bit
+            extra, negative, top = selector >> 2 & 1, selector >> 1 & 1, selector & 1
+            magnitude = top << 1 | extra if held >= 2 else top
+            entries.append(_half(positive[magnitude]) | negative << 15)
+        else:  # selector = bit of plane 1, bit of plane 2, top magnitude bit
+            first, second, top = selector >> 2 & 1, selector >> 1 & 1, selector & 1
+            magnitude = (top << 2 | first << 1 | second) >> (3 - held)
+            entries.append(_half(positive[magnitude]))
+    high, low = [entry >> 8 for entry in entries], [entry & 0xFF for entry in entries]
+
+    def word(values: list[int]) -> int:
+        joined = values[0] | values[1] << 8 | values[2] << 16 | values[3] << 24
+        return joined - (1 << 32) if joined >> 31 else joined  # as int32
+
+    return word(high[:4]), word(high[4:]), word(low[:4]), word(low[4:])
+
+
+@cache
+def tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `decode` reads: centroids by planes held and full 4-bit code, and permute tables by planes read and held.
+
+    Returns:
+        ([3, 16] float16, [3, 3, 4] int32): rows are planes - 1; kept per device.
+    """
+    with torch.inference_mode(False):
+        centroids = torch.zeros(3, 16)
+        registers = torch.zeros(3, 3, 4, dtype=torch.int32)
+        for held in (1, 2, 3):
+            table = embedded_codebook(held + 1).table("cpu")
+            centroids[held - 1] = table[torch.arange(16) >> (3 - held)]
+            for read in range(held, 4):
+                registers[read - 1, held - 1] = torch.tensor(permute_table(held, read), dtype=torch.int32)
+        return centroids.half().to(device), registers.to(device)
+
+
+@triton.jit
+def coordinate(p, QUARTER: tl.constexpr):
+    """The coordinate at position p of a decoded vector of 4 * QUARTER; see `is_coordinate` for padding."""
+    return (p // 2) % 4 * QUARTER + p // 8 * 2 + p % 2
+
+
+@triton.jit
+def is_coordinate(p, QUARTER: tl.constexpr):
+    """Whether position p holds a coordinate: a quarter is padded to a power of two."""
+    return p // 8 * 2 + p % 2 < QUARTER
+
+
+@triton.jit
+def _fields_by_gather(centroids, a, y1, y2, half, PLANES: tl.constexpr, f: tl.constexpr):
+    """Values of field f: the code is put together bit by bit and looked up."""
+    code = ((a >> (2 * f)) & 3).to(tl.int32) << 2
+    first: tl.constexpr = (2, 3, 6, 7)[f]
+    second: tl.constexpr = (0, 1, 4, 5)[f]
+    if PLANES >= 2:
+        code |= tl.where(half == 0, y1 >> first, y1 >> second).to(tl.int32) % 2 << 1
+    if PLANES >= 3:
+        code |= tl.where(half == 0, y2 >> first, y2 >> second).to(tl.int32) % 2
+    return tl.load(centroids + code)
+
+
+@triton.jit
+def load_codes(
+    base,
+    planes_held,
+    row,
+    QUARTER: tl.constexpr,
+    QUARTER_PADDED: tl.constexpr,
+    PLANES: tl.constexpr,
+    IS_MIXED: tl.constexpr,
+):
+    """Bytes of vectors: plane 0 [N, QUARTER_PADDED] uint8, and the 1-bit planes spread to the same shape.
+
+    base: where plane 0 of the first vector of 64 begins, uint8 pointer ([N, 1] or scalar); planes follow each other.
+    planes_held: how many there are, PLANES unless IS_MIXED; of one that is missing anything is read.
+    row: [N] which of the 64.
+    """
+    EIGHTH: tl.constexpr = QUARTER // 2
+    j = tl.arange(0, QUARTER_PADDED)
+    # whole tiles are read without a mask
+    IS_PLAIN: tl.constexpr = QUARTER == QUARTER_PADDED
+    mask = (j < QUARTER)[None, :]
+    at = base + row[:, None] * QUARTER + j[None, :]
+    if IS_PLAIN:
+        a = tl.load(at)
+    else:
+        a = tl.load(at, mask=mask, other=0)
+    y1 = a
+    y2 = a
+    spread = row[:, None] * EIGHTH + (j % EIGHTH)[None, :]
+    if PLANES >= 2:
+        first = 64 * QUARTER
+        if IS_MIXED:
+            first = tl.where(planes_held >= 2, first, 0)
+        at = base + first + spread
+        if IS_PLAIN:
+            y1 = tl.load(at)
+        else:
+            y1 = tl.load(at, mask=mask, other=0)
+    if PLANES >= 3:
+        second = 64 * (QUARTER + EIGHTH)
+        if IS_MIXED:
+            second = tl.where(planes_held >= 3, second, 0)
+        at = base + second + spread
+        if IS_PLAIN:
+            y2 = tl.load(at)
+        else:
+            y2 = tl.load(at, mask=mask, other=0)
+    return a, y1, y2
+
+
+@triton.jit
+def decode(
+    a,
+    y1,
+    y2,
+    planes_held,
+    centroids,
+    registers,
+    QUARTER: tl.constexpr,
+    QUARTER_PADDED: tl.constexpr,
+    PLANES: tl.constexpr,
+    ON_GPU: tl.constexpr,
+):
+    """Centroids [N, 4 * QUARTER_PADDED] float16, positions as `coordinate` says.
+
+    a, y1, y2: as `load_codes` gives them. planes_held: of the codes, PLANES or fewer. centroids, registers: `tables`.
+    """
+    N: tl.constexpr = a.shape[0]
+    centroids += 16 * (planes_held - 1)
+    registers += 12 * (PLANES - 1) + 4 * (planes_held - 1)
+    j = tl.arange(0, QUARTER_PADDED)
+    EIGHTH: tl.constexpr = QUARTER // 2
+    if ON_GPU:
+        # 4 neighbouring bytes share a register; its lowest byte alone says by how much to shift
+        amount = tl.where((j >= EIGHTH) & (j % 4 == 0), 2, 0).to(tl.uint8)
+        if EIGHTH % 4 != 0:  # a register may have bytes of both halves: shift before
+            y1 = tl.where((j >= EIGHTH)[None, :], y1 << 2, y1)
+            y2 = tl.where((j >= EIGHTH)[None, :], y2 << 2, y2)
+            amount = (j * 0).to(tl.uint8)
+        f0, f1, f2, f3 = tl.inline_asm_elementwise(
+            _ASSEMBLY_1 if PLANES == 1 else (_ASSEMBLY_2 if PLANES == 2 else _ASSEMBLY_3),
+            _ASSEMBLY_CONSTRAINTS,
+            [
+                a,
+                y1,
+                y2,
+                amount[None, :],
+                tl.load(registers),
+                tl.load(registers + 1),
+                tl.load(registers + 2),
+                tl.load(registers + 3),
+            ],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        half = (j >= EIGHTH)[None, :].to(tl.int32)
+        f0 = _fields_by_gather(centroids, a, y1, y2, half, PLANES, 0)
+        f1 = _fields_by_gather(centroids, a, y1, y2, half, PLANES, 1)
+        f2 = _fields_by_gather(centroids, a, y1, y2, half, PLANES, 2)
+        f3 = _fields_by_gather(centroids, a, y1, y2, half, PLANES, 3)
+    fields = tl.join(tl.join(f0, f1), tl.join(f2, f3))  # [N, j, low bit of f, high bit of f]
+    pairs = tl.reshape(fields, (N, QUARTER_PADDED // 2, 2, 2, 2))
+    return tl.reshape(tl.permute(pairs, (0, 1, 4, 3, 2)), (N, 4 * QUARTER_PADDED))
+
+
+@triton.jit
+def _unpack_blocks(
+    anchor,
+    entries,
+    centroids,
+    registers,
+    out,
+    out_head_stride,
+    out_token_stride,
+    DIM: tl.constexpr,
+    QUARTER: tl.constexpr,
+    QUARTER_PADDED: tl.constexpr,
+    PLANES: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    HEAD_BYTES: tl.constexpr,
+    SIDE_AT: tl.constexpr,
+    ON_GPU: tl.constexpr,
+):
+    """One block of one head as 64 rows, still rotated."""
+    i = tl.program_id(0)
+    g = tl.program_id(1)
+    entry = tl.load(entries + i)
+    record = anchor + tl.multiple_of(entry & -16, 16) + g.to(tl.int64) * HEAD_BYTES + SIDE_AT
+    n = tl.arange(0, 64)
+    p = tl.arange(0, 4 * QUARTER_PADDED)
+    d = coordinate(p, QUARTER)
+    is_real = is_coordinate(p, QUARTER)
+    scale = tl.load(record.to(tl.pointer_type(tl.float16)) + n).to(tl.float32)
+    planes = record + 128
+    if HAS_MEAN:
+        planes = record + (128 + 2 * DIM)
+    a, y1, y2 = load_codes(planes, PLANES, n, QUARTER, QUARTER_PADDED, PLANES, False)
+    x = decode(a, y1, y2, PLANES, centroids, registers, QUARTER, QUARTER_PADDED, PLANES, ON_GPU).to(tl.float32)
+    x = x * scale[:, None]
+    if HAS_MEAN:
+        mean = tl.load((record + 128).to(tl.pointer_type(tl.float16)) + d, mask=is_real, other=0)
+        x += mean.to(tl.float32)[None, :]
+    to = out + g.to(tl.int64) * out_head_stride + (64 * i + n[:, None]).to(tl.int64) * out_token_stride + d[None, :]
+    tl.store(to, x.to(out.dtype.element_ty), mask=is_real[None, :] & (n >= 0)[:, None])
+
+
+def unpack_records(
+    layout: BlockLayout, index: int, anchor: torch.Tensor, entries: torch.Tensor, out: torch.Tensor
+) -> None:
+    """Coded keys (0) or values (1) of whole blocks as rows, means added, still rotated.
+
+    Args:
+        layout, index: of the records, and which side; 2 to 4 bits.
+        anchor: see PackedTokens. entries: [n] int64, offsets of the records.
+        out: [G, n * 64, D] float32, float16 or bfloat16, last axis contiguous; written.
+    """
+    side, side_at = layout.side(index)
+    centroids, registers = tables(anchor.device)
+    _unpack_blocks[(entries.numel(), layout.heads)](
+        anchor,
+        entries,
+        centroids,
+        registers,
+        out,
+        out.stride(0),
+        out.stride(1),
+        DIM=side.dim,
+        QUARTER=side.dim // 4,
+        QUARTER_PADDED=triton.next_power_of_2(side.dim // 4),
+        PLANES=side.num_planes,
+        HAS_MEAN=side.mean_bytes > 0,
+        HEAD_BYTES=layout.head_bytes,
+        SIDE_AT=side_at,
+        ON_GPU=not is_interpreted(),
+        num_warps=4,
+    )
