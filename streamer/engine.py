@@ -49,8 +49,8 @@ class StreamingEngine:
         bits: width of the KV cache: 2, 3, 4, or 16 for uncompressed. key_bits, value_bits: override one side.
         protected_layers: layers whose cache stays uncompressed.
         vram: budget of the whole process on the device, e.g. "8GiB"; default: what is free.
-        ram: budget of the process's host memory, e.g. "32GiB", pages of files apart (the system takes those back);
-            default: 90 % of what is free.
+        ram: budget of the process's host memory, e.g. "32GiB", pages of files apart (the system takes those back), and
+            on the CPU what Python and its libraries take; default: 90 % of what is free, no limit on the CPU.
         device: "cuda", "cuda:1" or "cpu"; default: CUDA if there is one.
         dtype: "auto" (as the checkpoint is stored), "bfloat16", "float16" or "float32".
         context: tokens of prompt and answer to make room for; default: what a call needs.
