@@ -49,8 +49,8 @@ class StreamingEngine:
         bits: width of the KV cache: 2, 3, 4, or 16 for uncompressed. key_bits, value_bits: override one side.
         protected_layers: layers whose cache stays uncompressed.
         vram: budget of the whole process on the device, e.g. "8GiB"; default: what is free.
-        ram: budget of the process's host memory, e.g. "32GiB", pages of files apart (the system takes those back);
-            default: 90 % of what is free.
+        ram: budget of the process's host memory, e.g. "32GiB", pages of files apart (the system takes those back), and
+            on the CPU what Python and its libraries take; default: 90 % of what is free, no limit on the CPU.
         device: "cuda", "cuda:1" or "cpu"; default: CUDA if there is one.
         dtype: "auto" (as the checkpoint is stored), "bfloat16", "float16" or "float32".
         context: tokens of prompt and answer to make room for; default: what a call needs.
@@ -86,10 +86,9 @@ class StreamingEngine:
         self.stats = RunStats(on_note=on_note or logger.warning)
         self._device = _device(device)
         _check_layout(context, prefill_chunk, resident)
-        if self._device.type == "cpu" and any(option is not None for option in (vram, resident, direct_io)):
-            raise OptionError(
-                "vram, resident and direct_io are for a GPU; this run is on the CPU (use ram to limit host memory)"
-            )
+        for name, value in (("vram", vram), ("resident", resident), ("direct_io", direct_io)):
+            if value is not None and self._device.type == "cpu":
+                raise OptionError(f"{name} is for a GPU and this run is on the CPU: leave it out")
         self._vram = parse_size(vram) if vram is not None else None
         self._ram = parse_size(ram) if ram is not None else None
         self._dtype = parse_dtype(str(dtype).removeprefix("torch."))
@@ -106,7 +105,7 @@ class StreamingEngine:
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._lock = threading.RLock()  # one generation at a time: its weights and gates are shared
         if context is not None and context > self.max_context:
-            raise ContextLengthError(f"context {context} was asked for and the model was made for {self.max_context}")
+            raise _context_error(context, self.max_context)
         make_plan(self._architecture, self._request(1, 1))  # options that can never fit are refused here
 
     # ------------------------------------------------------------- properties
@@ -278,7 +277,8 @@ class StreamingEngine:
         if prompt >= limit:
             raise ContextLengthError(
                 f"the prompt has {prompt} tokens and {name} is {limit}: shorten it"
-                + ("" if limit == self.max_context else f" or raise --context (up to {self.max_context})")
+                + ("" if limit == self.max_context else f" or raise --context (up to {self.max_context})"),
+                largest_context=limit,
             )
         if prompt + new > limit:
             self.stats.note(f"answer limited to {limit - prompt} tokens: {name} is {limit}")
@@ -479,7 +479,7 @@ def plan_report(
         cache=CacheSettings(bits, key_bits, value_bits, tuple(protected_layers)),
     )
     if request.context > limit:
-        raise ContextLengthError(f"context {request.context} was asked for and the model was made for {limit}")
+        raise _context_error(request.context, limit)
     plan = make_plan(architecture, request, key_bias_bytes=bytes_of(architecture.key_biases(None)))
     for line in (*architecture.notes, *plan.notes):
         on_note(line)
@@ -508,6 +508,15 @@ def _held_bytes() -> int:
     """Host memory that this process holds by now, pages of files apart."""
     memory = psutil.Process().memory_info()
     return int(memory.rss - getattr(memory, "shared", 0))
+
+
+def _context_error(context: int, limit: int) -> ContextLengthError:
+    """The error of a context beyond what the model was made for."""
+    return ContextLengthError(
+        f"a context of {context} tokens was asked for and the model was made for {limit}: give --context {limit} or "
+        "less",
+        largest_context=limit,
+    )
 
 
 def _check_layout(context: int | None, prefill_chunk: int | None, resident: int | None) -> None:

@@ -65,7 +65,17 @@ class TensorMismatchError(CheckpointError):
 
 
 class DoesNotFitError(StreamerError):
-    """The run needs more memory than the budget or the machine has; the message holds every number."""
+    """The run needs more memory than the budget or the machine has; the message holds every number.
+
+    Args:
+        message: what is needed, and what to do.
+        largest_context: tokens for which there would be memory, all else as asked; None where no number would do. Kept
+            as the attribute `largest_context`.
+    """
+
+    def __init__(self, message: str, *, largest_context: int | None = None) -> None:
+        super().__init__(message)
+        self.largest_context = largest_context
 
 
 class UnsupportedModelError(StreamerError):
@@ -73,4 +83,13 @@ class UnsupportedModelError(StreamerError):
 
 
 class ContextLengthError(StreamerError, ValueError):
-    """More tokens were asked for than the model or the plan has room for."""
+    """More tokens were asked for than the model or the plan has room for.
+
+    Args:
+        message: what was asked, and what to do.
+        largest_context: tokens that there is room for; kept as the attribute `largest_context`.
+    """
+
+    def __init__(self, message: str, *, largest_context: int) -> None:
+        super().__init__(message)
+        self.largest_context = largest_context

@@ -66,7 +66,8 @@ class BudgetRow:
     Attributes:
         vram_bytes: the budget. layers_resident: that stay on the GPU. streamed_bytes: over the link per pass.
         staged_bytes: of these, read from the files in every pass.
-        tokens_per_s: at most; None when nothing that is known bounds it, as when nothing streams.
+        tokens_per_s: at most; None when nothing that is known bounds it, as when nothing streams. Where files are read
+            in every pass and the rate of that is not known, they may bind before.
     """
 
     vram_bytes: int
@@ -123,24 +124,27 @@ def budget_rows(
     *,
     key_bias_bytes: int = 0,
 ) -> tuple[BudgetRow, ...]:
-    """What other GPU budgets would buy, all else as asked.
+    """What the request's GPU budget and others buy, all else as asked.
 
     Args:
-        request: for a GPU. sizes: budgets in bytes, ascending; those that the plan does not fit are left out, and the
-            first at which nothing streams is the last.
+        request: for a GPU. sizes: other budgets in bytes. Those that the plan does not fit are left out, and so are
+            those that buy no more than the one before; the request's own is not.
         key_bias_bytes: as in make_plan.
+    Returns:
+        rows by ascending budget.
     """
     rows: list[BudgetRow] = []
-    for size in sizes:
+    for size in sorted({*sizes, request.vram_bytes or 0}):
+        is_own = size == request.vram_bytes
+        if rows and not rows[-1].streamed_bytes and not is_own:
+            continue  # nothing is left to buy
         plan = _planned(architecture, replace(request, vram_bytes=size), key_bias_bytes)
         if plan is None:
             continue
         forecast = predict(plan, machine)
-        rows.append(
-            BudgetRow(size, plan.layers_resident, plan.streamed_bytes, plan.staged_bytes, forecast.tokens_per_s)
-        )
-        if not plan.streamed_bytes:
-            break
+        row = BudgetRow(size, plan.layers_resident, plan.streamed_bytes, plan.staged_bytes, forecast.tokens_per_s)
+        if is_own or not rows or replace(row, vram_bytes=rows[-1].vram_bytes) != rows[-1]:
+            rows.append(row)
     return tuple(rows)
 
 

@@ -1,12 +1,12 @@
 """Plan: every byte of a run and where it lives, computed from headers and budgets before anything is allocated."""
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from streamer.architecture import Architecture, Unit, aligned, head_slices
-from streamer.errors import DoesNotFitError
+from streamer.errors import DoesNotFitError, OptionError
 from streamer.options import GIB, format_size
 from streamer.schedule import ring_extent
 from turboquant.hf import FLOAT32_SCORE_BYTES
@@ -51,6 +51,9 @@ _WORTHWHILE_SHARE = 0.05
 # Units of one size that are tried in what whole layers leave of a budget.
 _TRIES_PER_SIZE = 3
 
+# A context that is named in place of one that does not fit is a multiple of this.
+_CONTEXT_STEP = 64
+
 # Pieces in which a store codes and decodes (4096 tokens), as float32 arrays held at once in the plain PyTorch path.
 _CODING_TOKENS, _CODING_ARRAYS = 4096, 10
 
@@ -74,7 +77,7 @@ class Request:
     Attributes:
         context: tokens of a row, prompt and answer. batch: rows.
         vram_bytes: budget of the whole process on the device; None = no device (CPU).
-        ram_bytes: budget of the process's host memory, pages of files apart; on the CPU: of what it holds beside them.
+        ram_bytes: budget of the process's host memory, pages of files apart; on the CPU Python and its libraries, too.
         free_ram_bytes: what the system could use to keep pages of files; None = ram_bytes.
         direct_io: read weights around the page cache; None = where it could not hold what is read in every pass.
         resident_layers: layers that stay on the device; None = as many as fit.
@@ -185,10 +188,19 @@ def make_plan(architecture: Architecture, request: Request, *, key_bias_bytes: i
 
     Raises:
         DoesNotFitError: with every term, and the nearest setting that fits.
+        OptionError: more resident layers than the model has.
     """
+    if request.resident_layers is not None and request.resident_layers > architecture.num_layers:
+        raise OptionError(
+            f"--resident {request.resident_layers} was asked for and the model has {architecture.num_layers} layers: "
+            "give that many or fewer, or leave --resident out to keep as many as fit"
+        )
     kv_bytes = cache_bytes(architecture, request) + key_bias_bytes
     if request.vram_bytes is None:
-        return _host_plan(architecture, request, kv_bytes)
+        plan = _host_plan(architecture, request, kv_bytes)
+        if plan.bytes_at("host") > request.ram_bytes:
+            raise _does_not_fit(plan, "host", request.ram_bytes, _nearest_on_the_cpu(architecture, plan))
+        return plan
     chunks = [request.prefill_chunk] if request.prefill_chunk is not None else _chunks(request.context)
     best: Plan | None = None
     for chunk in chunks:
@@ -201,13 +213,10 @@ def make_plan(architecture: Architecture, request: Request, *, key_bias_bytes: i
         ):
             best = plan
     if best is None:
-        raise _does_not_fit(architecture, request, key_bias_bytes, plan)
+        raise _does_not_fit(plan, "device", request.vram_bytes, _nearest_on_the_device(architecture, plan))
+    best = _with_host_memory(architecture, best)
     if best.bytes_at("host") > request.ram_bytes:
-        raise DoesNotFitError(
-            f"the run needs {format_size(best.bytes_at('host'))} of host memory at least and "
-            f"{format_size(request.ram_bytes)} may be used.\n  {_listed(best, 'host')}\n"
-            f"  Try --ram {_rounded_up(best.bytes_at('host'))}."
-        )
+        raise _does_not_fit(best, "host", request.ram_bytes, _Remedy(f"--ram {_rounded_up(best.bytes_at('host'))}"))
     return best
 
 
@@ -218,6 +227,7 @@ def _chunks(context: int) -> list[int]:
 
 
 def _host_plan(architecture: Architecture, request: Request, kv_bytes: int) -> Plan:
+    """The plan of a run on the CPU."""
     units = (*(u for layer in architecture.layers for u in layer), *head_slices(architecture.head, 1 << 62))
     parameters = [*(p for unit in units for p in unit.parameters), *architecture.resident, architecture.embedding]
     if architecture.is_tied:
@@ -231,12 +241,14 @@ def _host_plan(architecture: Architecture, request: Request, kv_bytes: int) -> P
             f"{format_size(made)} of weights are not stored as they run (dtype or layout): converted once, in memory"
         )
     terms = (
+        # Python and its libraries have no term: on a processor they take the more the larger the model's matrices are,
+        # and how much more depends on the processor
         Term("weights read from the files' maps", "file", as_stored),
         Term("weights converted in memory", "host", made),
         Term("KV cache", "host", kv_bytes),
         Term("activations", "host", _activation_bytes(architecture, request, chunk)),
     )
-    plan = Plan(
+    return Plan(
         request=request,
         units=units,
         resident=frozenset(range(len(units))),
@@ -249,16 +261,10 @@ def _host_plan(architecture: Architecture, request: Request, kv_bytes: int) -> P
         streamed_bytes=0,
         notes=tuple(notes),
     )
-    if plan.bytes_at("host") > request.ram_bytes:
-        raise DoesNotFitError(
-            f"the run needs {format_size(plan.bytes_at('host'))} of host memory and {format_size(request.ram_bytes)} "
-            f"may be used.\n  {_listed(plan, 'host')}\n"
-            f"  Try a smaller --context, fewer --bits, --dtype auto, or a larger --ram."
-        )
-    return plan
 
 
 def _device_plan(architecture: Architecture, request: Request, kv_bytes: int, chunk: int) -> Plan:
+    """The device's side of a plan; `_with_host_memory` adds the host's."""
     fixed = [
         Term("CUDA context and kernels", "device", CONTEXT_BYTES),
         Term("norms and other small weights", "device", sum(aligned(p.nbytes) for p in architecture.resident)),
@@ -270,20 +276,6 @@ def _device_plan(architecture: Architecture, request: Request, kv_bytes: int, ch
     layout = _lay_out(architecture, left, request.resident_layers)
     units, resident = layout.units, layout.resident
     resident_bytes = sum(unit.nbytes for i, unit in enumerate(units) if i in resident)
-    streamed_bytes = sum(unit.nbytes for i, unit in enumerate(units) if i not in resident)
-    table_bytes = architecture.embedding.nbytes
-    host = _lay_out_host(request, units, resident, 0 if architecture.embedding.is_stored_as_run else table_bytes)
-    terms = (
-        *fixed[:2],
-        Term("resident layers and head", "device", resident_bytes),
-        Term("ring of streamed weights", "device", layout.ring_bytes),
-        *fixed[2:],
-        Term("Python, torch and CUDA", "host", PROCESS_BYTES),
-        Term("page-locked weights", "host", sum(units[i].nbytes for i in host.kept)),
-        Term("page-locked staging slots", "host", host.staging_bytes),
-        Term("weights in conversion", "host", host.converting_bytes),
-        Term("embedding table", "file" if architecture.embedding.is_stored_as_run else "host", table_bytes),
-    )
     streaming_layers = {units[i].group for i in range(len(units)) if i not in resident and units[i].rows is None}
     return Plan(
         request=request,
@@ -291,12 +283,37 @@ def _device_plan(architecture: Architecture, request: Request, kv_bytes: int, ch
         resident=resident,
         ring_bytes=layout.ring_bytes,
         prefill_chunk=chunk,
-        host="staged" if host.staged_bytes else "pinned",
-        terms=terms,
+        host="pinned",
+        terms=(
+            *fixed[:2],
+            Term("resident layers and head", "device", resident_bytes),
+            Term("ring of streamed weights", "device", layout.ring_bytes),
+            *fixed[2:],
+        ),
         kv_bytes=kv_bytes,
         layers_resident=architecture.num_layers - len(streaming_layers),
-        streamed_bytes=streamed_bytes,
-        notes=(*layout.notes, *host.notes),
+        streamed_bytes=sum(unit.nbytes for i, unit in enumerate(units) if i not in resident),
+        notes=layout.notes,
+    )
+
+
+def _with_host_memory(architecture: Architecture, plan: Plan) -> Plan:
+    """A plan of the device with what host memory does for it."""
+    table_bytes = architecture.embedding.nbytes
+    is_mapped = architecture.embedding.is_stored_as_run
+    host = _lay_out_host(plan.request, plan.units, plan.resident, 0 if is_mapped else table_bytes)
+    terms = (
+        Term("Python, torch and CUDA", "host", PROCESS_BYTES),
+        Term("page-locked weights", "host", sum(plan.units[i].nbytes for i in host.kept)),
+        Term("page-locked staging slots", "host", host.staging_bytes),
+        Term("weights in conversion", "host", host.converting_bytes),
+        Term("embedding table", "file" if is_mapped else "host", table_bytes),
+    )
+    return replace(
+        plan,
+        host="staged" if host.staged_bytes else "pinned",
+        terms=(*plan.terms, *terms),
+        notes=(*plan.notes, *host.notes),
         kept=host.kept,
         staged_bytes=host.staged_bytes,
         staging_bytes=host.staging_bytes,
@@ -320,7 +337,7 @@ def _lay_out(architecture: Architecture, left: int, forced: int | None) -> _Layo
     layer_units = [unit for layer in architecture.layers for unit in layer]
     head = head_slices(architecture.head, 1 << 62)
     everything = sum(unit.nbytes for unit in (*layer_units, *head))
-    if everything <= left and (forced is None or forced >= architecture.num_layers):
+    if everything <= left and forced in (None, architecture.num_layers):
         return _Layout((*layer_units, *head), frozenset(range(len(layer_units) + 1)), 0)
     least = _ring_capacity(architecture, _RING_LAYERS)
     notes = []
@@ -363,7 +380,7 @@ def _choose_layers(architecture: Architecture, spare: int, forced: int | None) -
     """Layers that stay, spread evenly: then a pass takes max(copy, compute), whatever their ratio."""
     count = architecture.num_layers
     layer_bytes = [sum(unit.nbytes for unit in layer) for layer in architecture.layers]
-    streaming = count if forced is None else count - min(forced, count)
+    streaming = count - (forced or 0)
     if forced is None:
         # fewest streamed layers whose complement fits: sizes are nearly equal, so walk down from all streamed
         while streaming:
@@ -531,52 +548,82 @@ def _rounded_up(size_bytes: int) -> str:
     return f"{-(-size_bytes * 4 // GIB) / 4:g}GiB"
 
 
-def _listed(plan: Plan, where: str) -> str:
-    return ", ".join(f"{t.name} {format_size(t.nbytes)}" for t in plan.terms if t.where == where and t.nbytes)
+@dataclass(frozen=True)
+class _Remedy:
+    """A change that fits: what to type, and the context, if a smaller one would do by itself."""
+
+    options: str
+    context: int | None = None
 
 
-def _does_not_fit(architecture: Architecture, request: Request, key_bias_bytes: int, smallest: Plan) -> DoesNotFitError:
-    budget = request.vram_bytes or 0
+def _does_not_fit(plan: Plan, where: str, budget_bytes: int, remedy: _Remedy) -> DoesNotFitError:
+    memory = "GPU memory" if where == "device" else "host memory"
+    if plan.request.vram_bytes is None:
+        memory += ", beside Python and its libraries,"  # which the plan of a run on the CPU leaves out
+    terms = ", ".join(f"{t.name} {format_size(t.nbytes)}" for t in plan.terms if t.where == where and t.nbytes)
     return DoesNotFitError(
-        f"the run needs {format_size(smallest.device_bytes)} of GPU memory and {format_size(budget)} may be used.\n"
-        f"  {_listed(smallest, 'device')}\n  Try {_nearest(architecture, request, key_bias_bytes, smallest)}"
+        f"the run needs {format_size(plan.bytes_at(where))} of {memory} and {format_size(budget_bytes)} may be used.\n"
+        f"  {terms}\n  Try {remedy.options}.",
+        largest_context=remedy.context,
     )
 
 
-def _most_resident(architecture: Architecture, request: Request, kv_bytes: int) -> int:
-    """The largest number of resident layers that fits."""
-    for layers in range(min(request.resident_layers or 0, architecture.num_layers), 0, -1):
-        plan = _device_plan(architecture, replace(request, resident_layers=layers), kv_bytes, PREFILL_CHUNKS[-1])
-        if plan.device_bytes <= (request.vram_bytes or 0):
-            return layers
-    return 0
+def _nearest_on_the_cpu(architecture: Architecture, plan: Plan) -> _Remedy:
+    """The nearest change of one setting with which a run on the CPU fits."""
+    key_bias_bytes = plan.kv_bytes - cache_bytes(architecture, plan.request)
+
+    def needs(changed: Request) -> int:
+        return _host_plan(architecture, changed, cache_bytes(architecture, changed) + key_bias_bytes).bytes_at("host")
+
+    found = _smaller_cache(plan.request, plan.request.ram_bytes, needs)
+    return found or _Remedy(f"--ram {_rounded_up(plan.bytes_at('host'))}")
 
 
-def _nearest(architecture: Architecture, request: Request, key_bias_bytes: int, smallest: Plan) -> str:
-    """The nearest change of one setting that fits."""
-    budget = request.vram_bytes or 0
+def _nearest_on_the_device(architecture: Architecture, plan: Plan) -> _Remedy:
+    """The nearest change of one setting with which the device has room for what a plan asks."""
+    request = plan.request
+    budget_bytes = request.vram_bytes or 0
+    key_bias_bytes = plan.kv_bytes - cache_bytes(architecture, request)
 
-    def needs(context: int, cache: CacheSettings) -> int:
-        changed = replace(request, context=context, resident_layers=0, cache=cache)
+    def needs(changed: Request) -> int:
         kv_bytes = cache_bytes(architecture, changed) + key_bias_bytes
         return _device_plan(architecture, changed, kv_bytes, PREFILL_CHUNKS[-1]).device_bytes
 
-    if needs(request.context, request.cache) <= budget:
+    least = replace(request, resident_layers=0)
+    if needs(least) <= budget_bytes:
         if request.prefill_chunk is not None:
-            return "a smaller --prefill-chunk, or none."
-        fits = _most_resident(architecture, request, smallest.kv_bytes)
-        return f"--resident {fits}, or none: as many as fit stay then."
-    low, high = 0, request.context // 64
+            return _Remedy("a smaller --prefill-chunk, or none")
+        layers = range(request.resident_layers or 0, -1, -1)
+        fits = next(n for n in layers if needs(replace(request, resident_layers=n)) <= budget_bytes)
+        return _Remedy(f"--resident {fits}, or none: as many as fit stay then")
+    found = _smaller_cache(least, budget_bytes, needs)
+    if found is None:
+        return _Remedy(f"--vram {_rounded_up(plan.device_bytes)}")
+    forced = {"--resident": request.resident_layers, "--prefill-chunk": request.prefill_chunk}
+    forced_names = " and ".join(name for name, value in forced.items() if value)
+    return replace(found, options=found.options + (f", without {forced_names}" if forced_names else ""))
+
+
+def _smaller_cache(request: Request, budget_bytes: int, needs: Callable[[Request], int]) -> _Remedy | None:
+    """The most bits, and the longest context, with which alone a run fits; None if neither does.
+
+    Args:
+        needs: bytes of a request.
+    """
+    options = []
+    for bits in range(min(request.cache.bits - 1, 4), 1, -1):
+        needed_bytes = needs(replace(request, cache=replace(request.cache, bits=bits)))
+        if needed_bytes <= budget_bytes:
+            options.append(f"--bits {bits} (needs {format_size(needed_bytes)})")
+            break
+    low, high = 0, request.context // _CONTEXT_STEP
     while low < high:
         middle = (low + high + 1) // 2
-        if needs(64 * middle, request.cache) <= budget:
+        if needs(replace(request, context=_CONTEXT_STEP * middle)) <= budget_bytes:
             low = middle
         else:
             high = middle - 1
-    if low:
-        return f"--context {64 * low} (needs {format_size(needs(64 * low, request.cache))})."
-    if request.cache.bits > 4:
-        fewer = CacheSettings(bits=4)
-        if needs(request.context, fewer) <= budget:
-            return f"--bits 4 (needs {format_size(needs(request.context, fewer))})."
-    return f"--vram {_rounded_up(smallest.device_bytes)}."
+    context = _CONTEXT_STEP * low
+    if context:
+        options.append(f"--context {context} (needs {format_size(needs(replace(request, context=context)))})")
+    return _Remedy(" or ".join(options), context or None) if options else None

@@ -40,7 +40,7 @@ class MemoryReport:
         reader_bytes_per_s: at which files were read in every pass, where a generation waited for them.
         forecast: least time of a decode pass; its fields are None where the link is not known.
         first_token_s: least time to a prompt's first token, one sweep over the link; None like the rate.
-        budgets: what other GPU budgets would buy; empty if it was not asked for.
+        budgets: what this GPU budget and others buy; empty if it was not asked for.
         lever: after a generation on a GPU, the change of one option that would gain most; else None.
     """
 
@@ -124,9 +124,13 @@ class MemoryReport:
         ]
         if self.forecast.bound_by == "launches":
             lines.append("that is the time of launching kernels; the link alone would allow more")
-        if self.staged_bytes:
+        if self.forecast.bound_by == "reader" and self.reader_bytes_per_s is not None:
+            files = f"reading the files at {self.reader_bytes_per_s / GB:.1f} GB/s"
+            lines.append(f"that is the time of {files}; the link alone would allow more")
+        if self.staged_bytes and self.reader_bytes_per_s is None:
             lines.append(
-                f"{format_size(self.staged_bytes)} are read from the files in every pass: their rate may allow less"
+                f"{format_size(self.staged_bytes)} are read from the files in every pass: "
+                f"slower than {self.staged_bytes * rate / GB:.1f} GB/s, they allow less"
             )
         return lines
 
@@ -135,17 +139,25 @@ class MemoryReport:
         table.add_column("--vram")
         has_staged = any(row.staged_bytes for row in self.budgets)
         staged = ["from the files per pass"] if has_staged else []
-        for name in ("layers on the GPU", "over the link per pass", *staged, "tok/s at most"):
+        for name in ("layers on the GPU", "over the link per pass", *staged):
             table.add_column(name, justify="right")
+        table.add_column("tok/s at most", justify="right", no_wrap=True)
         for row in self.budgets:
             sizes = [row.streamed_bytes, row.staged_bytes] if has_staged else [row.streamed_bytes]
             table.add_row(
-                f"{row.vram_bytes / GIB:g}GiB",
+                f"{row.vram_bytes / GIB:.4g}GiB",
                 f"{row.layers_resident} of {self.num_layers}",
                 *(format_size(size) if size else "nothing" for size in sizes),
-                format_rate(row.tokens_per_s) if row.tokens_per_s is not None else "not bound by the link",
+                self._at_most(row),
             )
         return table
+
+    def _at_most(self, row: BudgetRow) -> str:
+        """Tokens per second of a budget, with what is not known about them."""
+        if row.tokens_per_s is None:
+            return "not bound by the link"
+        is_open = row.staged_bytes and self.reader_bytes_per_s is None
+        return format_rate(row.tokens_per_s) + (" if the files keep up" if is_open else "")
 
 
 def build_report(

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamer.cli.group import CONTEXT_SETTINGS
-from streamer.cli.parameters import TOKENS, engine_options, quiet_libraries
+from streamer.cli.parameters import TOKENS, engine_options, import_engine, quiet_libraries, refuse_gpu_options
 from streamer.cli.screen import Screen
-from streamer.errors import ContextLengthError
+from streamer.errors import ContextLengthError, DoesNotFitError
 from streamer.options import GB, format_size
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ def bench(model: str, prompt_tokens: int, new_tokens: int, as_json: bool, **engi
             f"--context {context} has no room for {prompt_tokens} prompt tokens and {new_tokens} new ones: "
             f"give --context {prompt_tokens + new_tokens} or more, or fewer --prompt-tokens or --new-tokens"
         )
+    refuse_gpu_options()
+    import_engine()
     from streamer.checkpoint import Checkpoint
 
     with (
@@ -75,13 +77,27 @@ def _engine(
 ) -> "StreamingEngine":
     from streamer.engine import StreamingEngine
 
-    context = engine_arguments["context"] or prompt_tokens + new_tokens
+    needed = prompt_tokens + new_tokens
     try:
-        return StreamingEngine(model, on_note=screen.line, **(engine_arguments | {"context": context}))
-    except ContextLengthError as error:
-        raise ContextLengthError(
-            f"{error}\n  Give fewer --prompt-tokens ({prompt_tokens}) or --new-tokens ({new_tokens})."
-        ) from error
+        return StreamingEngine(
+            model, on_note=screen.line, **(engine_arguments | {"context": engine_arguments["context"] or needed})
+        )
+    except (ContextLengthError, DoesNotFitError) as error:
+        largest = error.largest_context
+        if largest is None or largest >= needed:  # what the error says to type will do
+            raise
+        fewer = (
+            f"--prompt-tokens {largest - new_tokens} or fewer"
+            if largest > new_tokens
+            else f"--prompt-tokens and --new-tokens of {largest} together"
+        )
+        if isinstance(error, ContextLengthError):
+            raise ContextLengthError(
+                f"{prompt_tokens} prompt tokens and {new_tokens} new ones were asked for and the model was made for "
+                f"{largest} tokens: give {fewer}",
+                largest_context=largest,
+            ) from error
+        raise DoesNotFitError(f"{error} That context takes {fewer}.", largest_context=largest) from error
 
 
 def _rates(engine: "StreamingEngine", checkpoint: "Checkpoint") -> "MachineRates":

@@ -16,6 +16,7 @@ import click
 import psutil
 
 from streamer.cli.group import CONTEXT_SETTINGS
+from streamer.interrupts import ends_at_once
 from streamer.options import GB, cache_dir, format_size, offline_from_environment
 
 _PACKAGES = ("tq-stream", "torch", "transformers", "accelerate", "safetensors", "triton")
@@ -99,7 +100,8 @@ def _version(package: str) -> str | None:
 def _gpus() -> tuple[list[dict[str, Any]], str | None]:
     """The CUDA devices, and why there is none."""
     try:
-        import torch
+        with ends_at_once():
+            import torch
     except (ImportError, OSError) as error:  # a library that torch is linked with is missing
         return [], f"torch cannot be imported ({_first_line(error)})"
     if torch.version.cuda is None:

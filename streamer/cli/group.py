@@ -3,6 +3,7 @@
     0    done                          1    an error of ours, or of the system
     2    wrong usage                   130  interrupted (Ctrl-C)      143  terminated (SIGTERM)
 
+While libraries are imported the last two come from the system (streamer/interrupts.py): a shell shows the same numbers.
 An exception that nobody foresaw passes through with its traceback (exit status 1): it is a bug.
 """
 

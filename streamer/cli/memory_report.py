@@ -1,7 +1,6 @@
 """tq-stream memory-report: where the bytes of a run would be, before any is taken; and where they were, measured."""
 
 import json
-import math
 import random
 import sys
 from typing import TYPE_CHECKING, Any
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamer.cli.group import CONTEXT_SETTINGS
-from streamer.cli.parameters import engine_options, quiet_libraries
+from streamer.cli.parameters import RATE, engine_options, import_engine, quiet_libraries, refuse_gpu_options
 from streamer.cli.screen import Screen
 from streamer.options import GB, format_size
 
@@ -23,15 +22,8 @@ _MEASURED_NEW_TOKENS = 8
 # Context of --measure when none is asked for: seconds rather than minutes on a processor.
 _MEASURED_CONTEXT = 512
 
-
 # Columns of a table that goes into a file or a pipe.
 _WIDTH_WITHOUT_TERMINAL = 100
-
-
-def _finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
-    if value is not None and not math.isfinite(value):
-        raise click.BadParameter(f"{value} is not a rate: write GB/s, as in 25")
-    return value
 
 
 @click.command("memory-report", context_settings=CONTEXT_SETTINGS)
@@ -45,11 +37,10 @@ def _finite(ctx: click.Context, param: click.Parameter, value: float | None) -> 
 )
 @click.option(
     "--link-gbps",
-    type=click.FloatRange(min=0, min_open=True),
-    callback=_finite,
+    type=RATE,
     metavar="G",
-    help="Rate of the link to the GPU in GB/s (10^9 bytes), to predict tokens per second from.  [default: measured, "
-    "if this machine has that GPU]",
+    help="Rate of the link to the GPU in GB/s (10^9 bytes), 0.01 to 10000, to predict tokens per second from.  "
+    "[default: measured, if this machine has that GPU]",
 )
 @click.option("--json", "as_json", is_flag=True, allow_from_autoenv=False, help="Print JSON; sizes are bytes.")
 def memory_report(model: str, measure: bool, link_gbps: float | None, as_json: bool, **engine_arguments: Any) -> None:
@@ -65,6 +56,11 @@ def memory_report(model: str, measure: bool, link_gbps: float | None, as_json: b
       tq-stream memory-report Qwen2.5-14B --vram 24GiB --link-gbps 25
       tq-stream memory-report ./my-model --device cpu --measure
     """
+    if not _needs_no_gpu(measure, engine_arguments):
+        is_measure_too_much = engine_arguments["vram"] is not None and engine_arguments["device"] is None
+        other = "leave out --measure" if is_measure_too_much else "give --vram SIZE, without --device cpu,"
+        refuse_gpu_options(f", or {other} for a report on a GPU that is not here")
+    import_engine()
     with Screen(shows_progress=True) as screen, quiet_libraries(hide_progress=False):
         report, peak_host_bytes, notes = _report(model, measure, link_gbps, screen, engine_arguments)
     if as_json:
@@ -77,16 +73,21 @@ def memory_report(model: str, measure: bool, link_gbps: float | None, as_json: b
         )
 
 
+def _needs_no_gpu(measure: bool, engine_arguments: dict[str, Any]) -> bool:
+    """Whether the report is the plan for a GPU of a stated size, be there one or not."""
+    device = engine_arguments["device"] or "cuda"
+    return engine_arguments["vram"] is not None and not measure and device.startswith("cuda")
+
+
 def _report(
     model: str, measure: bool, link_gbps: float | None, screen: Screen, engine_arguments: dict[str, Any]
 ) -> tuple["MemoryReport", int | None, list[str]]:
     """The report, the measured peak of host memory if there is one, and the automatic choices made."""
-    device, vram = engine_arguments["device"], engine_arguments["vram"]
-    _check_link(link_gbps, device, vram)
+    device = engine_arguments["device"]
     from streamer.engine import StreamingEngine, plan_report
 
     given = link_gbps * GB if link_gbps is not None else None
-    if vram is not None and (device or "cuda").startswith("cuda") and not measure:
+    if _needs_no_gpu(measure, engine_arguments):
         notes: list[str] = []
 
         def note(line: str) -> None:
@@ -94,7 +95,7 @@ def _report(
             screen.line(line)
 
         wanted = {name: value for name, value in engine_arguments.items() if name != "device"}
-        link = given if given is not None else _link_here(device, vram)
+        link = given if given is not None else _link_here(device, engine_arguments["vram"])
         return plan_report(model, on_note=note, link_bytes_per_s=link, **wanted), None, notes
     if measure and engine_arguments["context"] is None:
         engine_arguments = engine_arguments | {"context": _MEASURED_CONTEXT}
@@ -104,21 +105,6 @@ def _report(
         if link is None and device != "cpu":
             link = _link_here(device, 0)
         return engine.memory_report(link_bytes_per_s=link), peak, engine.stats.notes
-
-
-def _check_link(link_gbps: float | None, device: str | None, vram: int | None) -> None:
-    """A rate that nothing would use is wrong usage."""
-    if link_gbps is None:
-        return
-    if device is None and vram is None:
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        raise click.UsageError(
-            "--link-gbps is the rate of the link to a GPU, and this report is for the CPU: give --vram SIZE, without "
-            "--device cpu"
-        )
 
 
 def _link_here(device: str | None, vram_bytes: int) -> float | None:

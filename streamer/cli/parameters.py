@@ -1,12 +1,16 @@
 """Types and groups of options that several commands share; named as the arguments of StreamingEngine that they set."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
+from streamer.cli.group import ENVIRONMENT_PREFIX
 from streamer.errors import OptionError
+from streamer.interrupts import ends_at_once
 from streamer.options import parse_dtype, parse_size
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -51,7 +55,26 @@ def parse_layers(text: str) -> tuple[int, ...]:
         raise OptionError(f"{text!r} is not a list of layers: write numbers with commas, as in 0,-1") from None
 
 
+def parse_rate(text: str) -> float:
+    """The rate of a link in GB/s that a text such as "25" stands for.
+
+    Args:
+        text: a number from 0.01 to 10000: no link of a GPU is slower or faster by far.
+    Raises:
+        OptionError: no number, or one out of this range.
+    Source: own.
+    """
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not 0.01 <= rate <= 10_000:  # not a number is in no range
+        raise OptionError(f"{text!r} is not the rate of a link: write GB/s from 0.01 to 10000, as in 25")
+    return rate
+
+
 SIZE = Parsed("size", parse_size)
+RATE = Parsed("rate", parse_rate)
 DTYPE = Parsed("dtype", parse_dtype)
 LAYERS = Parsed("layers", parse_layers)
 TOKENS = click.IntRange(min=1)
@@ -80,7 +103,8 @@ _ENGINE_OPTIONS = (
     click.option(
         "--ram",
         type=SIZE,
-        help="Host memory of the process, pages of files apart, e.g. 32GiB.  [default: 90 % of what is free]",
+        help="Host memory of the process, pages of files apart, e.g. 32GiB; on the CPU, what Python and its libraries "
+        "take apart as well.  [default: 90 % of what is free; no limit on the CPU]",
     ),
     click.option(
         "--context",
@@ -109,6 +133,53 @@ def engine_options(command: _Command) -> _Command:
     for option in reversed(_ENGINE_OPTIONS):
         command = option(command)
     return command
+
+
+# Those that mean nothing where the CPU computes.
+_GPU_OPTIONS = ("vram", "resident", "direct_io", "link_gbps")
+
+
+def refuse_gpu_options(otherwise: str = "") -> None:
+    """Options for a GPU are wrong usage of a command that runs on the CPU.
+
+    Args:
+        otherwise: what could be typed to have them honoured.
+    Raises:
+        OptionError: with the options or variables as they were given.
+    """
+    context = click.get_current_context()
+    given = [name for name in _GPU_OPTIONS if context.params.get(name) is not None]
+    if not given or not _is_on_cpu(context.params["device"]):
+        return
+    names = " and ".join(_as_given(context, name) for name in given)
+    are, them = ("is", "it") if len(given) == 1 else ("are", "them")
+    instead = "; --ram limits host memory" if "vram" in given else ""
+    raise OptionError(
+        f"{names} {are} for a GPU, and this command would use the CPU: leave {them} out{otherwise}{instead}"
+    )
+
+
+def _is_on_cpu(device: str | None) -> bool:
+    if device is None:
+        with ends_at_once():
+            import torch
+
+        return not torch.cuda.is_available()
+    return device.partition(":")[0] == "cpu"
+
+
+def _as_given(context: click.Context, name: str) -> str:
+    """How a parameter got its value: "--vram", "--no-direct-io" or "TQ_STREAM_VRAM"."""
+    if context.get_parameter_source(name) is ParameterSource.ENVIRONMENT:
+        return f"{ENVIRONMENT_PREFIX}_{name.upper()}"
+    option = next(parameter for parameter in context.command.params if parameter.name == name)
+    return (option.secondary_opts if context.params[name] is False else option.opts)[0]
+
+
+def import_engine() -> None:
+    """Import what a run needs; it takes seconds, in which Ctrl-C and SIGTERM end the process at once."""
+    with ends_at_once():
+        import streamer.engine  # noqa: F401  for its effect: later imports of it do no work
 
 
 @contextmanager

@@ -1,18 +1,23 @@
 """tq-stream run: a prompt in, the model's answer out, piece by piece."""
 
 import json
+import select
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from streamer.cli.group import CONTEXT_SETTINGS
-from streamer.cli.parameters import TOKENS, engine_options, quiet_libraries
+from streamer.cli.parameters import TOKENS, engine_options, import_engine, quiet_libraries, refuse_gpu_options
 from streamer.cli.screen import Screen
 
 if TYPE_CHECKING:
     from streamer.engine import StreamingEngine
+
+# A pipe beside a prompt that stays empty this long is not waited for.
+_PIPE_WAIT_S = 3
 
 
 @click.command(context_settings=CONTEXT_SETTINGS)
@@ -56,17 +61,20 @@ def run(
     """Answer PROMPT with MODEL.
 
     MODEL is a folder, a hub id (org/name) or a short name (Qwen2.5-14B). PROMPT comes from the command line, from
-    --prompt-file, or from standard input; one line end behind a file's or standard input's text is dropped. The answer
-    goes to standard output, all else to standard error. A variable TQ_STREAM_<OPTION> (such as TQ_STREAM_VRAM) gives
-    an option's default.
+    --prompt-file, or from standard input; one line end behind a file's or standard input's text is dropped. Text on
+    standard input beside a PROMPT or a file goes before it, with an empty line between; a pipe that stays empty for 3 s
+    is not waited for, and < /dev/null keeps a script's own input out. The answer goes to standard output, all else to
+    standard error. A variable TQ_STREAM_<OPTION> (such as TQ_STREAM_VRAM) gives an option's default.
 
     \b
     Examples:
       tq-stream run Qwen2.5-14B "Explain the tides" --bits 3 --vram 8GiB
       tq-stream run ./my-model --prompt-file report.txt --max-new-tokens 500
-      git diff | tq-stream run Qwen/Qwen2.5-7B-Instruct --json
+      git diff | tq-stream run Qwen/Qwen2.5-7B-Instruct "Explain this change" --json
     """
-    text = _read_prompt(prompt, prompt_file)
+    text = _read_prompt(prompt, prompt_file, on_note=lambda line: click.echo(line, err=True))
+    refuse_gpu_options()
+    import_engine()
     from streamer.engine import StreamingEngine
 
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
@@ -80,7 +88,8 @@ def run(
         _answer(engine, ids, screen, as_json=as_json, max_new_tokens=max_new_tokens, **sampling)
 
 
-def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
+def _read_prompt(prompt: str | None, prompt_file: Path | None, on_note: Callable[[str], None]) -> str:
+    """The prompt, behind the text on standard input if there is any."""
     if prompt is not None and prompt_file is not None:
         raise click.UsageError("a prompt was given twice, as an argument and by --prompt-file: give one of them")
     if prompt is not None:
@@ -93,7 +102,31 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
         raise click.UsageError("no prompt: give PROMPT, --prompt-file FILE, or text on standard input")
     if not text.strip():
         raise click.UsageError(f"the prompt from {source} is empty: give PROMPT, --prompt-file FILE, or pipe text in")
-    return text
+    if prompt is None and prompt_file is None:
+        return text
+    piped = _decoded(_piped(on_note), "standard input")
+    return f"{piped}\n\n{text}" if piped.strip() else text
+
+
+def _piped(on_note: Callable[[str], None]) -> bytes:
+    """What standard input holds beside a prompt; nothing where it is a terminal, closed or cannot be read."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return b""
+    try:
+        if not _is_ready(sys.stdin):
+            on_note(f"standard input is open and nothing came in {_PIPE_WAIT_S} s: the prompt is taken without it")
+            return b""
+        return sys.stdin.buffer.read()
+    except OSError:  # nohup opens it for writing only
+        return b""
+
+
+def _is_ready(stream: TextIO) -> bool:
+    """Whether a stream has bytes or its end: who starts programs may give them a pipe that it never writes to."""
+    try:
+        return bool(select.select([stream], [], [], _PIPE_WAIT_S)[0])
+    except (OSError, ValueError):  # no such question here: Windows asks sockets only, and a test's stream is no file
+        return True
 
 
 def _decoded(content: bytes, source: str) -> str:

@@ -118,9 +118,7 @@ class HostWeights:
         self._segments: list[HostMemory] = []
         self._ready_memory: dict[int, torch.Tensor] = {}  # kept unit -> its bytes, page-locked and not yet filled
         self._held: dict[int, torch.Tensor] = {}  # kept unit -> its bytes, filled
-        # progress, by unit: loads whose place was granted, loads that are in the copy stream
-        self._granted = [0] * len(units)
-        self._queued = [0] * len(units)
+        self._queued = [0] * len(units)  # by unit: loads that are in the copy stream
         self._loads: dict[tuple[int, int], _Load] = {}
         self._decided: dict[tuple[int, int], bool] = {}
         self._begin()
@@ -186,13 +184,15 @@ class HostWeights:
             self._alive += 1
             self._workers.append(thread)
 
-    def grant(self, unit: int) -> None:
-        """The next load of a streamed unit may be copied to its place by whatever is queued from here on."""
+    def grant(self, unit: int, cycle: int) -> None:
+        """The load of a streamed unit for a pass may be copied to its place by whatever is queued from here on.
+
+        Args:
+            cycle: the pass, counted from 0 at the start and again at every restart. A unit's are granted in order.
+        """
         filled: list[_Filled] = []
         with self._lock:
             self._resume()
-            cycle = self._granted[unit]
-            self._granted[unit] += 1
             held = self._held[unit] if self._comes_from_memory(unit, cycle) else None
             if held is None:
                 load = self._load(unit, cycle)
@@ -247,7 +247,7 @@ class HostWeights:
             self._begin()
             for unit in range(len(self._units)):
                 if not (self._is_resident[unit] and self._queued[unit]):
-                    self._granted[unit] = self._queued[unit] = 0
+                    self._queued[unit] = 0
             self._free = deque(range(len(self._slots)))
             self._error = None
             if (self._is_done or not self._alive) and not self._has_all():

@@ -117,10 +117,17 @@ def test_bench_makes_room_for_the_tokens(tiny: Path, monkeypatch: pytest.MonkeyP
         (
             [],
             1,
-            "context 544 was asked for and the model was made for 512 Give fewer --prompt-tokens (512) or "
-            "--new-tokens (32).",
+            "512 prompt tokens and 32 new ones were asked for and the model was made for 512 tokens: give "
+            "--prompt-tokens 480 or fewer",
         ),
-        (["--resident", "0", "--prompt-tokens", "8"], 2, "are for a GPU; this run is on the CPU"),
+        (["--context", "600"], 1, "the model was made for 512 tokens: give --prompt-tokens 480 or fewer"),
+        (["--context", "600", "--prompt-tokens", "8"], 1, "the model was made for 512: give --context 512 or less"),
+        (["--new-tokens", "600"], 1, "give --prompt-tokens and --new-tokens of 512 together"),
+        (
+            ["--ram", "1.2MiB", "--prompt-tokens", "400"],
+            1,
+            "Try --context 256 (needs 1021.1 KiB). That context takes --prompt-tokens 224 or fewer.",
+        ),
     ],
 )
 def test_what_bench_refuses(arguments: list[str], code: int, expected: str, tiny: Path) -> None:

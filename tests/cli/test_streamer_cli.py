@@ -45,7 +45,7 @@ SUMMARY = re.compile(
 )
 
 
-def tq_stream(*arguments: str | Path, input: str | None = None, env: dict[str, str] | None = None) -> Result:
+def tq_stream(*arguments: str | Path, input: str | bytes | None = None, env: dict[str, str] | None = None) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments], input=input, env=env)
 
 
@@ -77,13 +77,13 @@ def run_tiny(tiny: Path, *arguments: str | Path, **options: Any) -> Result:
         (["run", "m"], "the prompt from standard input is empty"),
         (["memory-report"], "Missing argument 'MODEL'"),
         (["memory-report", "m", "--vram", "lots"], "'lots' is not a size"),
-        (["memory-report", "m", "--link-gbps", "0"], "0.0 is not in the range x>0"),
-        (["memory-report", "m", "--link-gbps", "inf"], "inf is not a rate: write GB/s, as in 25"),
-        (
-            ["memory-report", "m", "--link-gbps", "25", "--device", "cpu"],
-            "--link-gbps is the rate of the link to a GPU",
+        *(
+            (
+                ["memory-report", "m", "--link-gbps", rate],
+                f"'{rate}' is not the rate of a link: write GB/s from 0.01 to",
+            )
+            for rate in ("0", "0.009", "10001", "1e300", "inf", "nan", "fast")
         ),
-        (["memory-report", "m", "--link-gbps", "25"], "this report is for the CPU: give --vram SIZE"),
         (["doctor", "--jsn"], "No such option '--jsn'. Did you mean '--json'?"),
     ],
 )
@@ -92,6 +92,59 @@ def test_wrong_usage_exits_2_and_says_what_to_type(arguments: list[str], expecte
     assert result.exit_code == 2
     assert expected in " ".join(result.stderr.split())
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "expected"),
+    [
+        (
+            ["run", "m", "p", "--vram", "8GiB"],
+            {},
+            "--vram is for a GPU, and this command would use the CPU: leave it out",
+        ),
+        (["run", "m", "p", "--vram", "8GiB"], {}, "; --ram limits host memory"),
+        (["run", "m", "p", "--direct-io"], {}, "--direct-io is for a GPU"),
+        (["run", "m", "p", "--no-direct-io"], {}, "--no-direct-io is for a GPU"),
+        (["run", "m", "p"], {"TQ_STREAM_VRAM": "8GiB"}, "TQ_STREAM_VRAM is for a GPU"),
+        (["run", "m", "p"], {"TQ_STREAM_DIRECT_IO": "0"}, "TQ_STREAM_DIRECT_IO is for a GPU"),
+        (
+            ["run", "m", "p", "--resident", "0"],
+            {"TQ_STREAM_VRAM": "1GiB"},
+            "TQ_STREAM_VRAM and --resident are for a GPU",
+        ),
+        (
+            ["bench", "m", "--resident", "0"],
+            {},
+            "--resident is for a GPU, and this command would use the CPU: leave it",
+        ),
+        (
+            ["memory-report", "m", "--vram", "8GiB", "--measure"],
+            {},
+            "--vram is for a GPU, and this command would use the CPU: leave it out, or leave out --measure for",
+        ),
+        (
+            ["memory-report", "m", "--link-gbps", "25"],
+            {},
+            "--link-gbps is for a GPU, and this command would use the CPU",
+        ),
+        (
+            ["memory-report", "m", "--direct-io"],
+            {},
+            "leave it out, or give --vram SIZE, without --device cpu, for a report",
+        ),
+    ],
+)
+@pytest.mark.parametrize("device", [[], ["--device", "cpu:0"]], ids=["no GPU", "cpu"])
+def test_options_for_a_gpu_are_named_as_they_were_given(
+    arguments: list[str], variables: dict[str, str], device: list[str], expected: str
+) -> None:
+    if "--measure" in expected and device:
+        expected = "give --vram SIZE, without --device cpu, for a report on a GPU that is not here"
+    result = tq_stream(*arguments, *device, env=variables)
+    assert result.exit_code == 2
+    assert expected in result.stderr
+    assert result.stderr.startswith("Error: ")
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_environment_gives_defaults_to_every_command() -> None:
@@ -243,7 +296,18 @@ def test_run_reads_the_prompt_from_a_file_or_standard_input(tiny: Path, tmp_path
     expected = run_tiny(tiny, PROMPT).stdout
     assert run_tiny(tiny, "--prompt-file", tmp_path / "prompt.txt").stdout == expected
     assert run_tiny(tiny, input=PROMPT + "\n").stdout == expected
-    assert run_tiny(tiny, PROMPT, input="what a script's standard input happens to hold").stdout == expected
+
+
+@pytest.mark.parametrize("given", ["argument", "file"])
+def test_text_on_standard_input_goes_before_the_prompt(given: str, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text(PROMPT)
+    arguments = [PROMPT] if given == "argument" else ["--prompt-file", str(tmp_path / "prompt.txt")]
+    both = run_tiny(tiny, *arguments, input="a line\nand another\n")
+    assert both.stdout == run_tiny(tiny, f"a line\nand another\n\n{PROMPT}").stdout
+    assert both.stdout != run_tiny(tiny, *arguments).stdout
+    assert run_tiny(tiny, *arguments, input=" \n\n").stdout == run_tiny(tiny, PROMPT).stdout
+    refused = run_tiny(tiny, *arguments, input=b"abc\xff")
+    assert (refused.exit_code, "standard input is not UTF-8 text" in refused.stderr) == (2, True)
 
 
 def test_run_json_is_one_object_with_the_figures_of_the_run(tiny: Path) -> None:
@@ -315,9 +379,17 @@ def test_bits_reach_the_cache(tiny: Path, bits: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "expected"),
     [
-        (["--ram", "1KiB"], 1, r"Error: the run needs .* of host memory and 1.0 KiB may be used"),
+        (
+            ["--ram", "1KiB"],
+            1,
+            r"Error: the run needs .* host memory, beside Python and its libraries, and 1.0 KiB may",
+        ),
         (["--context", "10"], 1, r"Error: the prompt has 30 tokens and --context is 10: shorten it or raise --context"),
-        (["--vram", "8GiB"], 2, r"Error: vram, resident and direct_io are for a GPU; this run is on the CPU"),
+        (
+            ["--context", "513"],
+            1,
+            r"Error: .* 513 tokens was asked for and the model was made for 512: give --context 512",
+        ),
         (["--device", "tpu"], 2, r"Error: .*tpu.* (is not a device|cannot be used): write cuda, cuda:1 or cpu"),
         (["--device", "cuda"], 2, r"Error: device 'cuda' was asked for and 0 CUDA devices were found"),
         (["--top-k", "3"], 2, r"Error: top_p and top_k have no effect at temperature 0"),
@@ -676,9 +748,17 @@ def test_report_without_a_link_says_how_to_get_a_prediction(headers_70b: Path) -
 def test_report_says_what_the_files_may_cost(headers_70b: Path) -> None:
     options = ("--vram", "80GiB", "--ram", "32GiB", "--link-gbps", "25", "--context", "1024")
     table = tq_stream("memory-report", headers_70b, *options).stdout
-    assert re.search(r"[\d.]+ GiB are read from the files in every pass: their rate may allow less", table)
-    assert "from the files per" in table  # the column
     found = json.loads(tq_stream("memory-report", headers_70b, *options, "--json").stdout)
+    needed = found["staged_bytes"] * found["forecast"]["tokens_per_s"] / 1e9
+    said = re.search(r"[\d.]+ GiB are read from the files in every pass: slower than ([\d.]+) GB/s, they", table)
+    assert said is not None
+    assert float(said[1]) == pytest.approx(needed, abs=0.06)
+    assert "from the files per" in table  # the column
+    rows = [line for line in table.splitlines() if re.match(r" *\d+GiB ", line)]
+    assert len(rows) == len(found["budgets"]) > 3
+    for line, row in zip(rows, found["budgets"], strict=True):
+        assert ("if the files keep up" in line) == (row["staged_bytes"] > 0)
+    assert max(len(line) for line in table.splitlines()) <= 100
     assert found["staged_bytes"] == found["budgets"][-1]["staged_bytes"] > 20e9
     assert found["forecast"]["tokens_per_s"] == pytest.approx(25e9 / found["streamed_bytes"])
 
@@ -747,17 +827,16 @@ def test_the_budgets_of_the_readme(tmp_path: Path) -> None:
         (
             ["--vram", "5GiB", "--context", "8192", "--bits", "16"],
             1,
-            r"Error: the run needs .* Try --context \d+ \(needs",
+            r"Error: the run needs .* Try --bits 4 \(needs .* or --context \d+ \(needs",
         ),
         (
             ["--vram", "24GiB", "--context", "9000"],
             1,
-            r"Error: context 9000 was asked for and the model was made for 8192",
+            r"Error: a context of 9000 tokens was asked for and the model was made for 8192: give --context 8192 or",
         ),
-        (["--vram", "24GiB", "--device", "cpu"], 2, r"Error: vram, resident and direct_io are for a GPU"),
-        (["--vram", "24GiB", "--measure"], 2, r"Error: vram, resident and direct_io are for a GPU"),
+        (["--vram", "24GiB", "--resident", "81"], 2, r"Error: --resident 81 was asked for and the model has 80 layers"),
         (["--vram", "24GiB", "--protected-layers", "80"], 2, r"Error: protected layer 80 does not exist"),
-        (["--device", "cpu", "--ram", "1MiB"], 1, r"Error: the run needs .* of host memory and 1.0 MiB may be used"),
+        (["--device", "cpu", "--ram", "1MiB"], 1, r"Error: the run needs .* host memory, .*, and 1.0 MiB may be used"),
         (["--device", "cpu", "--measure", "--context", "1"], 2, r"Usage: .*--measure needs room for a prompt"),
     ],
 )

@@ -35,9 +35,9 @@ class ReadEachTime:
     def start(self, places: Sequence[torch.Tensor], stream: torch.cuda.Stream | None) -> None:
         self.places = places
         for unit in sorted(self.resident):
-            self.grant(unit)
+            self.grant(unit, 0)
 
-    def grant(self, unit: int) -> None:
+    def grant(self, unit: int, cycle: int) -> None:
         place = self.places[unit]
         place.fill_(0xFF)  # NaN in every float dtype: a parameter that is not written again shows
         slot = torch.empty(SLOT_BYTES, dtype=torch.uint8)

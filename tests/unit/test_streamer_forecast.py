@@ -26,6 +26,7 @@ from streamer.forecast import (
 )
 from streamer.options import GIB
 from streamer.plan import CacheSettings, Plan, Request, make_plan
+from streamer.report import build_report
 from streamer.runtime import build_runtime
 from streamer.stats import RunStats
 
@@ -124,15 +125,50 @@ def test_budget_rows_are_the_plans_of_common_cards(changes: dict[str, Any], qwen
     found = [(r.vram_bytes, r.layers_resident, r.streamed_bytes, r.staged_bytes, r.tokens_per_s) for r in rows]
     assert len(found) >= 3
     assert found[-1][2:] == (0, 0, None)
+    assert sum(not row[2] for row in found) == 1, "the first at which nothing streams is the last"
     assert [row[:4] for row in found] == [row[:4] for row in wanted]
     assert [row[4] for row in found[:-1]] == pytest.approx([row[4] for row in wanted[:-1]])
 
 
 def test_budgets_that_do_not_fit_have_no_row(qwen_7b: Architecture) -> None:
-    request = request_of(context=32768, cache=CacheSettings(16))
-    rows = budget_rows(qwen_7b, request, Machine(LINK), (2 * GIB, 12 * GIB, 80 * GIB))
+    request = request_of(context=32768, cache=CacheSettings(16), vram_bytes=2 * GIB)
+    rows = budget_rows(qwen_7b, request, Machine(LINK), (3 * GIB, 12 * GIB, 80 * GIB))
     assert [row.vram_bytes for row in rows] == [12 * GIB, 80 * GIB]
-    assert budget_rows(qwen_7b, request, Machine(LINK), (2 * GIB,)) == ()
+    assert budget_rows(qwen_7b, request, Machine(LINK), (3 * GIB,)) == ()
+
+
+@pytest.mark.parametrize(("own", "sizes"), [(9, [6, 8, 9, 12, 16]), (40, [6, 8, 12, 16, 40])])
+def test_the_budget_that_was_asked_for_has_a_row(own: int, sizes: list[int], qwen_7b: Architecture) -> None:
+    request = request_of(vram_bytes=own * GIB, context=16384, cache=CacheSettings(16))
+    rows = {row.vram_bytes // GIB: row for row in budget_rows(qwen_7b, request, Machine(LINK))}
+    assert list(rows) == sizes
+    assert rows[own].streamed_bytes == streamed_of(make_plan(qwen_7b, request))
+
+
+def test_budgets_that_buy_no_more_have_no_row(qwen_7b: Architecture) -> None:
+    def sizes(own: int) -> list[int]:
+        rows = budget_rows(qwen_7b, request_of(vram_bytes=own * GIB, resident_layers=0), Machine(LINK))
+        assert len({(row.layers_resident, row.streamed_bytes, row.tokens_per_s) for row in rows}) == 1
+        return [row.vram_bytes // GIB for row in rows]
+
+    assert sizes(6) == [6]
+    assert sizes(9) == [6, 9]
+
+
+def test_a_report_says_whether_its_rates_count_on_the_files(qwen_7b: Architecture) -> None:
+    plan = make_plan(qwen_7b, request_of(ram_bytes=6 * GIB))
+    open_one, known = (
+        build_report(qwen_7b, plan, None, None, machine=Machine(LINK, reader), has_budgets=True)
+        for reader in (None, 2e9)
+    )
+    assert predict(plan, Machine(LINK)).tokens_per_s == open_one.forecast.tokens_per_s
+    assert f"slower than {staged_of(plan) * LINK / streamed_of(plan) / 1e9:.1f} GB/s, they allow less" in str(open_one)
+    assert str(open_one).count("if the files keep up") == sum(row.staged_bytes > 0 for row in open_one.budgets) > 1
+    assert "that is the time of reading the files at 2.0 GB/s; the link alone would allow more" in str(known)
+    assert "they allow less" not in str(known)
+    assert "if the files keep up" not in str(known)
+    row = next(row for row in known.budgets if row.vram_bytes == 8 * GIB)
+    assert row.tokens_per_s == pytest.approx(2e9 / staged_of(plan))
 
 
 # -------------------------------------------------------------------------------------------------------------- levers

@@ -1,16 +1,19 @@
 """The plan's arithmetic: what stays, what streams, what the cache takes, and errors that name the nearest setting."""
 
 import itertools
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import streamer.plan
 from make_checkpoint import SHAPES, write_checkpoint
 from streamer.architecture import Architecture, aligned, head_slices, read_architecture
 from streamer.checkpoint import Checkpoint
-from streamer.errors import DoesNotFitError
+from streamer.errors import DoesNotFitError, OptionError
 from streamer.options import GIB
 from streamer.plan import CacheSettings, Plan, Request, cache_bytes, make_plan
 
@@ -62,9 +65,14 @@ def test_streamed_layers_are_spread_evenly(qwen_14b: Architecture) -> None:
         assert abs(sum(streams[start : start + 12]) - count / 4) <= 1
 
 
-@pytest.mark.parametrize(("resident", "expected"), [(0, 0), (10, 10), (48, 48), (99, 48)])
+@pytest.mark.parametrize(("resident", "expected"), [(0, 0), (10, 10), (48, 48)])
 def test_resident_layers_can_be_fixed(resident: int, expected: int, qwen_14b: Architecture) -> None:
     assert plan_of(qwen_14b, vram_bytes=40 * GIB, resident_layers=resident).layers_resident == expected
+
+
+def test_more_resident_layers_than_there_are_is_refused(qwen_14b: Architecture) -> None:
+    with pytest.raises(OptionError, match="--resident 49 was asked for and the model has 48 layers"):
+        plan_of(qwen_14b, vram_bytes=40 * GIB, resident_layers=49)
 
 
 def test_the_ring_holds_two_layers_where_most_stream_and_one_where_most_stay(qwen_14b: Architecture) -> None:
@@ -127,7 +135,46 @@ def test_too_small_a_budget_names_every_term_and_a_context_that_fits(qwen_14b: A
     message = str(caught.value)
     context = int(message.split("--context ")[1].split()[0])
     assert plan_of(qwen_14b, vram_bytes=6 * GIB, context=context, cache=CacheSettings(16)).device_bytes <= 6 * GIB
+    with pytest.raises(DoesNotFitError):
+        plan_of(qwen_14b, vram_bytes=6 * GIB, context=context + 64, cache=CacheSettings(16))
+    assert caught.value.largest_context == context
     assert len(message.splitlines()) == 3
+
+
+@pytest.mark.parametrize(("context", "bits", "named"), [(32768, 16, 4), (65536, 4, 3), (65536, 16, 3)])
+def test_where_the_cache_is_too_large_the_most_bits_that_fit_are_named(
+    context: int, bits: int, named: int, qwen_14b: Architecture
+) -> None:
+    wanted: dict[str, Any] = {"vram_bytes": int(6.2 * GIB), "context": context}
+    with pytest.raises(DoesNotFitError, match=f"Try --bits {named} .* or --context"):
+        plan_of(qwen_14b, **wanted, cache=CacheSettings(bits))
+    plan_of(qwen_14b, **wanted, cache=CacheSettings(named))
+    with pytest.raises(DoesNotFitError):
+        plan_of(qwen_14b, **wanted, cache=CacheSettings(named + 1 if named < 4 else 16))
+
+
+def test_what_is_named_holds_without_the_options_that_it_names(qwen_14b: Architecture) -> None:
+    """Residents or a chunk that were asked for may be what does not fit beside the smaller cache."""
+    wanted: dict[str, Any] = {"vram_bytes": 6 * GIB, "context": 32768, "cache": CacheSettings(16)}
+    for more, names in (
+        ({"resident_layers": 2}, "--resident"),
+        ({"resident_layers": 2, "prefill_chunk": 8192}, "--resident and --prefill-chunk"),
+    ):
+        with pytest.raises(DoesNotFitError, match=rf"\), without {names}\.$"):
+            plan_of(qwen_14b, **wanted, **more)
+
+
+def test_host_memory_is_laid_out_once(qwen_14b: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return lay_out(*arguments)
+
+    lay_out = streamer.plan._lay_out_host
+    monkeypatch.setattr(streamer.plan, "_lay_out_host", counted)
+    plan_of(qwen_14b, context=32768)
+    assert len(calls) == 1
 
 
 def test_no_context_fits_then_the_budget_that_would_is_named(qwen_14b: Architecture) -> None:
@@ -185,8 +232,20 @@ def test_on_the_cpu_converted_weights_count_against_ram(random_checkpoint: Calla
     plan = make_plan(architecture, Request(context=64, ram_bytes=GIB))
     assert plan.bytes_at("host") > 0
     assert any("converted" in note for note in plan.notes)
-    with pytest.raises(DoesNotFitError, match="--ram"):
+    with pytest.raises(DoesNotFitError, match="--ram") as caught:
         make_plan(architecture, Request(context=64, ram_bytes=1000))
+    named = float(str(caught.value).split("--ram ")[1].removesuffix("GiB."))
+    make_plan(architecture, Request(context=64, ram_bytes=int(named * GIB)))
+
+
+def test_on_the_cpu_fewer_bits_or_a_context_that_fit_are_named(qwen_14b: Architecture) -> None:
+    request = Request(context=32768, ram_bytes=3 * GIB)
+    with pytest.raises(DoesNotFitError, match="beside Python and its libraries") as caught:
+        make_plan(qwen_14b, request)
+    found = re.search(r"Try --bits (\d) .* or --context (\d+) ", str(caught.value))
+    assert found is not None
+    make_plan(qwen_14b, replace(request, cache=CacheSettings(int(found[1]))))
+    make_plan(qwen_14b, replace(request, context=int(found[2])))
 
 
 def test_head_slices_cover_every_row_once(qwen_14b: Architecture) -> None:
