@@ -340,7 +340,7 @@ class StreamingEngine:
             self._close_runtime()
         architecture = self._architecture or self._read_architecture()
         biases = architecture.key_biases(self._checkpoint)
-        plan = self._plan(architecture, context, batch, bytes_of(biases))
+        plan = self._plan(architecture, context, batch, bytes_of(biases, on_gpu=self._device.type == "cuda"))
         for line in plan.notes:
             self.stats.note(line)
         self._architecture = None  # its model is about to be changed in place
@@ -375,7 +375,8 @@ class StreamingEngine:
             architecture = self._architecture or self._read_architecture()
             context = self._context or min(self.max_context, DEFAULT_CONTEXT)
             biases = architecture.key_biases(None)
-            plan = make_plan(architecture, self._request(context, 1), key_bias_bytes=bytes_of(biases))
+            held = bytes_of(biases, on_gpu=self._device.type == "cuda")
+            plan = make_plan(architecture, self._request(context, 1), key_bias_bytes=held)
             return build_report(architecture, plan, None, None, machine=Machine(link), has_budgets=has_budgets)
         runtime, caches = self._runtime, self._runtime.caches
         peak, lever, machine = None, None, machine_of_run(runtime.plan, self.stats, link)
@@ -480,7 +481,8 @@ def plan_report(
     )
     if request.context > limit:
         raise _context_error(request.context, limit)
-    plan = make_plan(architecture, request, key_bias_bytes=bytes_of(architecture.key_biases(None)))
+    held = bytes_of(architecture.key_biases(None), on_gpu=True)
+    plan = make_plan(architecture, request, key_bias_bytes=held)
     for line in (*architecture.notes, *plan.notes):
         on_note(line)
     return build_report(architecture, plan, None, None, machine=Machine(link_bytes_per_s), has_budgets=True)

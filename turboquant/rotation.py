@@ -73,7 +73,7 @@ class Rotation(ABC):
         if place not in self._matrices:
             # Kept tensors must stay usable in autograd, so they are not made as inference tensors.
             with torch.inference_mode(False), torch.no_grad():
-                self._matrices[place] = self._draw_matrix().to(place)
+                self._matrices[place] = self._draw_matrix().to(place).contiguous()
         return self._matrices[place]
 
     @abstractmethod

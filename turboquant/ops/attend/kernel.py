@@ -646,7 +646,7 @@ def _merge(
         turn = tl.load(matrix + c[:, None] * DIM + d[None, :], mask=(c < DIM)[:, None] & (d < DIM)[None, :], other=0)
         total += tl.sum(joined[:, None] * turn, 0)
     # a row that holds no token gives zeros
-    total = tl.where(mass == 0, 0.0, total / mass)
+    total = total / tl.where(mass == 0, 1.0, mass)
     to = out + (bg // groups).to(tl.int64) * out_batch_stride + head.to(tl.int64) * out_head_stride
     to += (row % tokens).to(tl.int64) * out_token_stride
     tl.store(to + d, total.to(out.dtype.element_ty), mask=d < DIM)

@@ -1,0 +1,144 @@
+"""attend's kernel against its reference: each axis alone and every pair of values together, in poisoned memory.
+
+On the CPU the interpreter runs it, with short rows; on a GPU rows are long as well.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import pairwise
+from packed_tokens import Case, make_layer
+
+from turboquant.ops.attend import attend_packed, bias_terms
+
+# Queries, weights and centroids are rounded to 11 bits, results to the dtype's; bfloat16 keeps 8.
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 2e-3}
+
+AXES: dict[str, list[Any]] = {
+    "key_bits": [2, 3, 4, 16],
+    "value_bits": [2, 3, 4, 16],
+    "key_dim": [64, 80, 96, 128, 256],
+    "heads_per_group": [1, 4, 5, 7, 8],
+    "lengths": [(1,), (63,), (64,), (65,), (1000,), (32768,), (700, 0, 201)],
+    "queries": [1, 3, 16, 64],
+    "dtype": [torch.float16, torch.bfloat16, torch.float32],
+    "has_means": [True, False],
+    "has_bias": [True, False],
+    "softcap": [None, 20.0],
+    "has_sink_logits": [False, True],
+    "rotation": ["hadamard", "qr"],
+}
+
+
+def alone(axes: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """Every value of every axis, the others as they are by default."""
+    return [{name: value} for name, values in axes.items() for value in values]
+
+
+def name_of(case: dict[str, Any]) -> str:
+    parts = []
+    for name, value in case.items():
+        text = str(value).removeprefix("torch.").replace(" ", "")
+        parts.append(f"{name}={text}")
+    return "-".join(parts)
+
+
+def shorter(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Cases whose rows and calls the interpreter runs in a second or two; each once."""
+    rows = {(1000,): (300,), (32768,): (420,), (700, 0, 201): (270, 0, 201)}
+    kept: dict[str, dict[str, Any]] = {}
+    for case in cases:
+        case = dict(case)
+        if "lengths" in case:
+            case["lengths"] = rows.get(case["lengths"], case["lengths"])
+        if case.get("queries", 1) > 5 and len(case) > 1:
+            case["queries"] = 5
+        kept[name_of(case)] = case
+    return list(kept.values())
+
+
+CASES = alone(AXES) + pairwise(AXES)
+SHORT_CASES = shorter(CASES)
+
+
+def check(case: Case, device: str) -> None:
+    layer = make_layer(case, device)
+    bias = layer.key_bias
+    terms = None
+    if bias is not None:
+        terms = bias_terms(bias.bias, bias.inverse_frequencies, bias.scaling, bias.interleaved)
+    out = attend_packed(
+        layer.q,
+        layer.packed,
+        (layer.rotations[0].matrix(device), layer.rotations[1].matrix(device)),
+        terms,
+        scale=case.key_dim**-0.5,
+        softcap=case.softcap,
+        sink_logits=layer.sink_logits,
+        most_blocks=layer.most_blocks,
+    )
+    reference = layer.reference()
+    assert out.shape == reference.shape
+    assert out.dtype == case.dtype
+    empty = [b for b, length in enumerate(case.lengths) if not length]
+    assert (out[empty] == 0).all()
+    error = (out.float() - reference).norm(dim=-1) / reference.norm(dim=-1)
+    error[empty] = 0
+    assert error.max() <= TOLERANCE[case.dtype], error.max()
+
+
+@pytest.mark.parametrize("case", SHORT_CASES, ids=name_of)
+def test_attend_in_the_interpreter(case: dict[str, Any]) -> None:
+    settings = {"groups": 1, "lengths": (270,), "heads_per_group": 4} | case
+    check(Case(**settings), "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_attend_on_a_gpu(case: dict[str, Any]) -> None:
+    check(Case(**({"groups": 2, "heads_per_group": 5} | case)), "cuda")
+
+
+FURTHER: list[dict[str, Any]] = [
+    {"rotary_dim": 64, "has_bias": True},
+    {"rotary_dim": 0, "has_bias": True},
+    {"interleaved": True, "has_bias": True},
+    {"interleaved": True, "rotary_dim": 32, "has_bias": True, "queries": 3},
+    {"window": 0, "sinks": 0, "queries": 3},
+    {"window": 0, "sinks": 0, "lengths": (64,)},
+    {"window": 5, "sinks": 1, "queries": 16, "has_bias": True},
+    {"value_dim": 64},
+    {"key_dim": 64, "value_dim": 128, "key_bits": 4, "value_bits": 2},
+    {"value_scale": 1e-5},
+    {"value_scale": 3e3},
+    {"lengths": (2,), "queries": 3},  # a query that was padding
+]
+
+
+@pytest.mark.parametrize("case", FURTHER, ids=name_of)
+def test_further_shapes_in_the_interpreter(case: dict[str, Any]) -> None:
+    settings = {"groups": 1, "lengths": (270,), "dtype": torch.float32} | case
+    check(Case(**settings), "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", FURTHER, ids=name_of)
+def test_further_shapes_on_a_gpu(case: dict[str, Any]) -> None:
+    check(Case(**({"lengths": (5000,), "dtype": torch.float32} | case)), "cuda")
+
+
+def test_a_broken_vector_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value with NaN makes its row NaN instead of passing for a zero."""
+    case = Case(groups=1, lengths=(270,), key_dim=64)
+    layer = make_layer(case)
+    layer.records[layer.ids[0][0], layer.packed.layout.key.nbytes : layer.packed.layout.key.nbytes + 2] = 0xFF
+    out = attend_packed(
+        layer.q,
+        layer.packed,
+        (layer.rotations[0].matrix(), layer.rotations[1].matrix()),
+        None,
+        scale=0.125,
+        most_blocks=layer.most_blocks,
+    )
+    assert out.isnan().all()
