@@ -199,6 +199,6 @@ def rotate(
         INTERLEAVED=bias is not None and bias.interleaved,
         TO_TAIL=to_tail,
         TOKENS=_TOKENS,
-        CHUNK=32,
-        num_warps=4,
+        CHUNK=32 if max(key_dim, value_dim) <= 128 else 16,
+        num_warps=4 if max(key_dim, value_dim) <= 128 else 8,
     )
