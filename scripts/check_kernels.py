@@ -64,7 +64,8 @@ class _NoGPU:
         return GPUTarget("cuda", self._capability, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        # Triton keeps what it has compiled, and for what, by the number of the device
+        return self._capability
 
     def get_current_stream(self, device: int) -> int:
         return 0

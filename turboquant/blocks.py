@@ -1,5 +1,6 @@
 """Blocks: records of 64 tokens in slabs, and the keys or values of one layer as PyTorch writes and reads them."""
 
+import bisect
 from collections.abc import Iterator, Sequence
 from functools import cache
 
@@ -13,45 +14,107 @@ from turboquant.rotation import Rotation, make_rotation
 
 
 class RecordPool:
-    """Records of one layout in slabs that never move once allocated.
+    """Records of blocks in slabs that never move once allocated, and who uses which.
+
+    All records of a slab have one layout: that of new blocks, or one with fewer planes for aged ones.
 
     Args:
-        layout: of a record. device: where they lie.
+        layout: of new blocks. device: where the slabs lie.
+    Attributes:
+        slabs: uint8 [records, bytes], each of one layout. uses: for each id the rows that hold it; 0 = free.
     """
 
     def __init__(self, layout: BlockLayout, device: torch.device):
         self.layout, self.device = layout, device
-        self.slabs: list[torch.Tensor] = []  # each [records, layout.nbytes] uint8
+        self.slabs: list[torch.Tensor] = []
+        self.uses: list[int] = []
+        self._layouts: list[BlockLayout] = []  # of each slab
         self._starts: list[int] = []  # id of each slab's first record
+        self._free: dict[BlockLayout, list[int]] = {}
 
     def __len__(self) -> int:
-        return self._starts[-1] + self.slabs[-1].shape[0] if self.slabs else 0
+        return len(self.uses)
 
-    def grow(self, records: int) -> None:
+    @property
+    def is_mixed(self) -> bool:
+        """Whether there are slabs of more than one layout."""
+        return len(set(self._layouts)) > 1
+
+    @property
+    def free(self) -> list[int]:
+        """Ids that no row uses."""
+        return sorted(block for ids in self._free.values() for block in ids)
+
+    def held(self) -> Iterator[tuple[BlockLayout, int]]:
+        """Each slab's layout and number of records."""
+        return zip(self._layouts, (slab.shape[0] for slab in self.slabs), strict=True)
+
+    def grow(self, records: int, layout: BlockLayout | None = None) -> None:
         """Add a slab; its records get the next ids."""
-        self._starts.append(len(self))
-        self.slabs.append(torch.empty((records, self.layout.nbytes), dtype=torch.uint8, device=self.device))
+        layout = layout or self.layout
+        start = len(self.uses)
+        self._starts.append(start)
+        self._layouts.append(layout)
+        self.slabs.append(torch.empty((records, layout.nbytes), dtype=torch.uint8, device=self.device))
+        self.uses += [0] * records
+        self._free.setdefault(layout, []).extend(range(start, start + records))
 
-    def runs(self, ids: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
-        """Runs of consecutive ids within a slab: (index of the run's first id, view [n, layout.nbytes])."""
+    def take(self, count: int, layout: BlockLayout | None = None) -> list[int]:
+        """Ids of free records, lowest first, each used once now; a new slab when they run out."""
+        layout = layout or self.layout
+        free = self._free.setdefault(layout, [])
+        if count > len(free):
+            # slabs of a sixteenth of what exists: at most 6 % idle, and few slabs however long the context
+            have = sum(records for own, records in self.held() if own == layout)
+            self.grow(max(count - len(free), have // 16), layout)
+        ids, self._free[layout] = free[:count], free[count:]
+        for block in ids:
+            self.uses[block] = 1
+        return ids
+
+    def share(self, ids: Sequence[int]) -> None:
+        """One more row uses these records."""
+        for block in ids:
+            self.uses[block] += 1
+
+    def give_back(self, ids: Sequence[int]) -> None:
+        """One row less uses these records; those that nobody uses are free."""
+        touched = set()
+        for block in ids:
+            self.uses[block] -= 1
+            if not self.uses[block]:
+                layout = self._layouts[self._slab(block)]
+                self._free[layout].append(block)
+                touched.add(layout)
+        for layout in touched:
+            self._free[layout].sort()
+
+    def layout_of(self, block: int) -> BlockLayout:
+        """The layout of a record."""
+        return self._layouts[self._slab(block)]
+
+    def _slab(self, block: int) -> int:
+        return bisect.bisect_right(self._starts, block) - 1
+
+    def runs(self, ids: Sequence[int]) -> Iterator[tuple[int, torch.Tensor, BlockLayout]]:
+        """Runs of consecutive ids within a slab: (index of the run's first id, view [n, bytes], layout)."""
         start = 0
         while start < len(ids):
-            slab = next(i for i in range(len(self._starts) - 1, -1, -1) if self._starts[i] <= ids[start])
+            slab = self._slab(ids[start])
             end_of_slab = self._starts[slab] + self.slabs[slab].shape[0]
             stop = start + 1
             while stop < len(ids) and ids[stop] == ids[stop - 1] + 1 and ids[stop] < end_of_slab:
                 stop += 1
             first = ids[start] - self._starts[slab]
-            yield start, self.slabs[slab][first : first + stop - start]
+            yield start, self.slabs[slab][first : first + stop - start], self._layouts[slab]
             start = stop
 
     def offsets(self, ids: Sequence[int]) -> list[int]:
         """Entries of a block table: each record's distance from the first slab, and its planes in the lowest bits."""
-        planes = self.layout.key.num_planes | self.layout.value.num_planes << 2
         start = self.slabs[0].data_ptr()
         return [
-            view.data_ptr() - start + i * self.layout.nbytes | planes
-            for _, view in self.runs(ids)
+            view.data_ptr() - start + i * layout.nbytes | layout.key.num_planes | layout.value.num_planes << 2
+            for _, view, layout in self.runs(ids)
             for i in range(view.shape[0])
         ]
 

@@ -9,7 +9,7 @@ Each plane has the bytes of token 0, token 1, ...; docs/format.md draws their bi
 16 bytes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -78,6 +78,10 @@ class BlockLayout:
     def nbytes(self) -> int:
         """Bytes of a record."""
         return self.heads * self.head_bytes
+
+    def with_bits(self, key_bits: int, value_bits: int) -> "BlockLayout":
+        """The same with other widths."""
+        return BlockLayout(self.heads, replace(self.key, bits=key_bits), replace(self.value, bits=value_bits))
 
     def side(self, index: int) -> tuple[SideLayout, int]:
         """Keys (0) or values (1), and where they begin within a head."""

@@ -10,6 +10,7 @@ All parts hold rotated vectors, keys without their bias term, so one rotated que
 rotated and rounded once, when it is appended: codes do not depend on how the tokens were split over calls.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +21,7 @@ from turboquant.device_tokens import DeviceTokens, device_tokens_bytes
 from turboquant.errors import OptionError, ShapeError, StateError
 from turboquant.key_bias import KeyBias
 from turboquant.layout import BLOCK_TOKENS, BlockLayout, PackedTokens, SideLayout
+from turboquant.ops.age import age_blocks, age_records
 from turboquant.ops.append import rotate
 from turboquant.ops.attend import Segment, attend, attend_packed
 from turboquant.ops.devices import kernels_serve
@@ -93,8 +95,6 @@ class CompressedKV:
         self._sides: tuple[Side, Side] | None = None
         self._pool: RecordPool | None = None
         self._device_tokens: DeviceTokens | None = None  # where kernels serve the device
-        self._uses: list[int] = []  # rows that hold each block; 0 = free
-        self._free: list[int] = []
 
     # ------------------------------------------------------------------ size
     @property
@@ -138,13 +138,17 @@ class CompressedKV:
 
     def bytes_by_part(self) -> dict[str, int]:
         """nbytes split into "codes" (planes), "scales", "means", "dense", "rotation", "bias" and "tables"."""
-        sides, pool = self._sides or (), self._pool
-        layouts = [side.layout for side in sides]
-        records = 0 if pool is None else len(pool) * pool.layout.heads
+        sides = self._sides or ()
+        codes = scales = means = 0
+        for layout, records in self._pool.held() if self._pool is not None else ():
+            for side in (layout.key, layout.value):
+                codes += records * layout.heads * sum(side.plane_bytes)
+                scales += records * layout.heads * side.scale_bytes
+                means += records * layout.heads * side.mean_bytes
         return {
-            "codes": records * sum(sum(layout.plane_bytes) for layout in layouts),
-            "scales": records * sum(layout.scale_bytes for layout in layouts),
-            "means": records * sum(layout.mean_bytes for layout in layouts),
+            "codes": codes,
+            "scales": scales,
+            "means": means,
             "dense": sum(side.tail.nbytes for side in sides),
             "rotation": sum(
                 own.nbytes for side in sides for own in side.rotation.tensors if own.device == side.tail.device
@@ -233,7 +237,8 @@ class CompressedKV:
             self._device_tokens = DeviceTokens(len(self._rows), rotations, self.key_bias, keys.device)
         if options.capacity_tokens is not None:
             blocks = blocks_for(options.capacity_tokens, options)
-            self._grow(len(self._rows) * blocks)
+            if blocks:
+                self._pool.grow(len(self._rows) * blocks)
             if self._device_tokens is not None:
                 self._device_tokens.make_room(blocks)
 
@@ -332,7 +337,7 @@ class CompressedKV:
         first, last = BLOCK_TOKENS * len(row.blocks), BLOCK_TOKENS * blocks
         for piece in range(first, last, BLOCK_TOKENS * _BLOCKS_PER_PIECE):
             stop = min(piece + BLOCK_TOKENS * _BLOCKS_PER_PIECE, last)
-            ids = self._take((stop - piece) // BLOCK_TOKENS)
+            ids = self._records().take((stop - piece) // BLOCK_TOKENS)
             if self._device_tokens is not None:
                 self._name_on_device(self._device_tokens, b, len(row.blocks), ids)
             for i, side in enumerate(self._both()):
@@ -349,9 +354,9 @@ class CompressedKV:
                 if self._device_tokens is not None:
                     self._encode_on_device(self._device_tokens, b, i, piece, ids, tokens, len(row.blocks))
                     continue
-                for at, records in self._records().runs(ids):
+                for at, records, layout in self._records().runs(ids):
                     part = tokens[:, BLOCK_TOKENS * at : BLOCK_TOKENS * (at + records.shape[0])]
-                    write_records(records, self._records().layout, i, part)
+                    write_records(records, layout, i, part)
             row.blocks.extend(ids)
 
     def _name_on_device(self, on_device: DeviceTokens, b: int, first: int, ids: Sequence[int]) -> None:
@@ -388,13 +393,18 @@ class CompressedKV:
     def _read(self, index: int, ids: Sequence[int]) -> torch.Tensor:
         """Blocks `ids` of keys (0) or values (1) as tokens [G, n * 64, D] float32, means added."""
         pool, side = self._records(), self._both()[index]
-        if self._device_tokens is not None and side.layout.num_planes:
-            entries = torch.tensor(pool.offsets(ids), dtype=torch.int64).to(side.tail.device)
-            out = side.tail.new_empty(side.tail.shape[1], BLOCK_TOKENS * len(ids), side.layout.dim, dtype=torch.float32)
-            unpack_records(pool.layout, index, pool.slabs[0], entries, out)
-            return out
-        read = [read_records(records, pool.layout, index) for _, records in pool.runs(ids)]
-        return read[0] if len(read) == 1 else torch.cat(read, dim=1)
+        if self._device_tokens is None or not side.layout.num_planes:
+            read = [read_records(records, layout, index) for _, records, layout in pool.runs(ids)]
+            return read[0] if len(read) == 1 else torch.cat(read, dim=1)
+        entries = torch.tensor(pool.offsets(ids), dtype=torch.int64).to(side.tail.device)
+        out = side.tail.new_empty(side.tail.shape[1], BLOCK_TOKENS * len(ids), side.layout.dim, dtype=torch.float32)
+        start = 0
+        for layout, group in itertools.groupby(ids, pool.layout_of):
+            stop = start + len(list(group))
+            to = out[:, BLOCK_TOKENS * start : BLOCK_TOKENS * stop]
+            unpack_records(layout, index, pool.slabs[0], entries[start:stop], to)
+            start = stop
+        return out
 
     def _turn_back(self, index: int, rotated: torch.Tensor) -> torch.Tensor:
         """Rotated vectors [..., D] float32 as the model made them."""
@@ -440,31 +450,6 @@ class CompressedKV:
                 self._code(b, row, blocks, end, None)
         self._count_on_device()
 
-    # ---------------------------------------------------------------- blocks
-    def _grow(self, blocks: int) -> None:
-        if not blocks:
-            return
-        self._records().grow(blocks)
-        self._free += range(len(self._uses), len(self._uses) + blocks)
-        self._uses += [0] * blocks
-
-    def _take(self, count: int) -> list[int]:
-        """Ids of free blocks, lowest first; a new slab when they run out."""
-        if count > len(self._free):
-            # slabs of a sixteenth of what exists: at most 6 % idle, and few slabs however long the context
-            self._grow(max(count - len(self._free), len(self._uses) // 16))
-        ids, self._free = self._free[:count], self._free[count:]
-        for block in ids:
-            self._uses[block] = 1
-        return ids
-
-    def _give_back(self, ids: Sequence[int]) -> None:
-        for block in ids:
-            self._uses[block] -= 1
-            if not self._uses[block]:
-                self._free.append(block)
-        self._free.sort()
-
     # ------------------------------------------------------------------ read
     def attend(
         self,
@@ -499,6 +484,7 @@ class CompressedKV:
                 softcap=softcap,
                 sink_logits=sink_logits,
                 most_blocks=max(len(row.blocks) for row in self._rows),
+                is_mixed=self._records().is_mixed,
             )
         groups = heads // kv_heads
         plain = q.float().unflatten(1, (kv_heads, groups))  # [B, G, H / G, T, D]
@@ -599,7 +585,7 @@ class CompressedKV:
             blocks = after_sinks // BLOCK_TOKENS
             if blocks < len(row.blocks):
                 self._back_to_ring(b, row.blocks[blocks], BLOCK_TOKENS * blocks, after_sinks)
-                self._give_back(row.blocks[blocks:])
+                self._records().give_back(row.blocks[blocks:])
                 del row.blocks[blocks:]
         self._count_on_device()
 
@@ -609,6 +595,64 @@ class CompressedKV:
         for at, count in self._ring_runs(start, stop):
             slot = self.options.sinks + at % self._ring_tokens
             self._write_tail(b, slot, (keys, values), at - start, count)
+
+    def age(self, first: int, last: int, *, key_bits: int | None = None, value_bits: int | None = None) -> None:
+        """Give up planes of the blocks [first, last) of every row, 0 being the oldest; their memory is free again.
+
+        Blocks that have no more bits than that stay as they are, and so do uncompressed sides.
+
+        Args:
+            first, last: numbers of blocks of 64 tokens after the sinks; beyond a row's blocks there is nothing to do.
+            key_bits, value_bits: 2 or 3, to keep; None = all.
+        Raises:
+            OptionError: another width, or a range that is none.
+        """
+        for name, bits in (("key_bits", key_bits), ("value_bits", value_bits)):
+            if bits not in (None, 2, 3):
+                raise OptionError(f"aged codes keep 2 or 3 bits, got {name} {bits}")
+        if not 0 <= first <= last:
+            raise OptionError(f"blocks [first, last) were asked for, got first {first} and last {last}")
+        if self._pool is None:
+            return
+        pool = self._pool
+
+        def aged(layout: BlockLayout) -> BlockLayout:
+            wanted = [
+                side.bits if bits is None or side.bits == 16 else min(side.bits, bits)
+                for side, bits in ((layout.key, key_bits), (layout.value, value_bits))
+            ]
+            return layout.with_bits(*wanted)
+
+        # rows that share a block share the aged one
+        blocks = sorted({block for row in self._rows for block in row.blocks[first:last]})
+        moved: dict[int, int] = {}
+        for layout, group in itertools.groupby(blocks, pool.layout_of):
+            ids, to = list(group), aged(layout)
+            for start in range(0, len(ids) if to != layout else 0, _BLOCKS_PER_PIECE):
+                piece = ids[start : start + _BLOCKS_PER_PIECE]
+                moved.update(zip(piece, self._aged(piece, layout, to), strict=True))
+        for b, row in enumerate(self._rows):
+            old = [block for block in row.blocks[first:last] if block in moved]
+            pool.share([moved[block] for block in old])
+            pool.give_back(old)
+            row.blocks[first:last] = [moved.get(block, block) for block in row.blocks[first:last]]
+            if old and self._device_tokens is not None:
+                self._device_tokens.name_blocks(b, first, pool.offsets(row.blocks[first:last]))
+        pool.give_back(list(moved.values()))  # by whoever took them
+
+    def _aged(self, ids: Sequence[int], layout: BlockLayout, to: BlockLayout) -> list[int]:
+        """New records of layout `to` with what the records `ids` of `layout` hold, each used once."""
+        pool = self._records()
+        new = pool.take(len(ids), to)
+        if self._device_tokens is not None:
+            device = self._device_tokens.table.device
+            entries = torch.tensor([pool.offsets(ids), pool.offsets(new)], dtype=torch.int64).to(device)
+            age_blocks(layout, to, pool.slabs[0], entries[0], entries[1])
+            return new
+        records = torch.cat([view for _, view, _ in pool.runs(ids)])
+        for at, view, _ in pool.runs(new):
+            age_records(records[at : at + view.shape[0]], layout, view, to)
+        return new
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep the given rows in the given order; a row may be named more than once (beam search, repeats).
@@ -624,10 +668,9 @@ class CompressedKV:
             raise ShapeError(f"rows 0 to {len(self._rows) - 1} exist; got {list(rows)}")
         chosen = [self._rows[i] for i in rows]
         for row in chosen:
-            for block in row.blocks:
-                self._uses[block] += 1
+            self._records().share(row.blocks)
         for row in self._rows:
-            self._give_back(row.blocks)
+            self._records().give_back(row.blocks)
         self._rows = [_Row(row.length, row.pad, list(row.blocks)) for row in chosen]
         index = torch.tensor(list(rows), device=self._sides[0].tail.device)
         for side in self._sides:
@@ -637,7 +680,7 @@ class CompressedKV:
 
     def reset(self) -> None:
         """Forget all tokens and give back all memory."""
-        self._rows, self._uses, self._free, self._columns = [], [], [], 0
+        self._rows, self._columns = [], 0
         self._sides = self._pool = self._device_tokens = None
 
 

@@ -209,9 +209,10 @@ def test_beams_of_coded_rows_share_and_part(load: Load, made_caches: list[TurboQ
     in_place = continuation(wrap(model, bits=4, window=0), inputs, **options)
     assert torch.equal(in_place, unpacked)
     store: Any = made_caches[-1].layers[0].store  # type: ignore[union-attr]
+    pool = store._records()
     named = [block for row in store._rows for block in row.blocks]
-    assert sorted(set(named) | set(store._free)) == list(range(len(store._uses)))
-    assert store._uses == [named.count(block) for block in range(len(store._uses))]
+    assert sorted(set(named) | set(pool.free)) == list(range(len(pool)))
+    assert pool.uses == [named.count(block) for block in range(len(pool))]
 
 
 # ---------------------------------------------------------------- assisted generation

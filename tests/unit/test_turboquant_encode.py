@@ -218,6 +218,18 @@ def test_ageing_keeps_products_and_costs_little(x128, steps, expected, spread):
     assert gain.std().item() < spread
 
 
+def test_dropping_two_planes_at_once_strays_less(x128):
+    encoded = encode(x128, 4)
+    planes, scale = age(encoded.planes, encoded.scale, kept=1)
+    assert len(planes) == 1
+    gain = (x128 * unpack(planes, scale)).sum(-1)
+    assert gain.mean().item() == pytest.approx(1.0, abs=1e-3)
+    assert 0.003 < gain.std().item() < 0.005
+    for kept in (0, 3):
+        with pytest.raises(OptionError, match="1 to 2 can be kept"):
+            age(encoded.planes, encoded.scale, kept=kept)
+
+
 def test_ageing_keeps_the_product_with_the_last_reconstruction():
     x = sphere(200, 96)
     encoded = encode(x, 4)

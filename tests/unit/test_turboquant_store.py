@@ -61,7 +61,7 @@ def reachable_bytes(root: object) -> int:
 def pool_bytes_of_row(store: CompressedKV, row: int) -> list[torch.Tensor]:
     """The records of a row's blocks, oldest first: codes, scales and means."""
     ids = store._rows[row].blocks
-    return [torch.cat([records for _, records in store._records().runs(ids)])] if ids else []
+    return [torch.cat([records for _, records, _ in store._records().runs(ids)])] if ids else []
 
 
 def assert_same_row(one: CompressedKV, a: int, other: CompressedKV, b: int) -> None:
@@ -428,7 +428,7 @@ def test_a_batch_is_its_rows_whatever_is_done_to_it(steps: list[Any], records: b
             together.select_rows(argument)
             alone = [copy.deepcopy(alone[b]) for b in argument]
         held = sum(len(set(row.blocks)) for row in together._rows)
-        assert len(together._uses) - len(together._free) <= held
+        assert len(together._records()) - len(together._records().free) <= held
     for b, store in enumerate(alone):
         assert_same_row(together, b, store, 0)
 
@@ -506,3 +506,64 @@ def test_shapes_that_do_not_fit_are_refused_by_name() -> None:
 def test_options_that_cannot_be_kept_are_refused_at_once(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=str(next(iter(options.values())))):
         StoreOptions(Precision(4, 4), **options)
+
+
+# ---------------------------------------------------------------- ageing
+
+
+def test_aged_blocks_lose_planes_and_their_memory_is_used_again() -> None:
+    store = make_store(4, window=16, sinks=2)
+    keys, values = draw_kv(1, 2 + 64 * 8 + 20, 64)
+    store.append(keys, values)
+    pool, whole = store._records(), store.unpacked()
+    before, records = store.bytes_by_part(), len(store._records())
+    store.age(0, 4, key_bits=3, value_bits=2)
+    aged = store.unpacked()
+    coded = slice(2, 2 + 64 * 4)
+    for side, (most, least) in enumerate([(0.0352 * 1.15, 0.02), (0.1342 * 1.15, 0.08)]):
+        exact = (keys, values)[side][:, :, coded]
+        error = ((aged[side][:, :, coded] - exact).square().sum() / exact.square().sum()).item()
+        assert least < error < most
+        untouched = [slice(0, 2), slice(2 + 64 * 4, None)]
+        assert all(torch.equal(aged[side][:, :, part], whole[side][:, :, part]) for part in untouched)
+    # four records of 4 + 4 bits are free, and four of 3 + 2 bits more exist
+    assert len(pool.free) == 4
+    assert len(pool) == records + 4
+    after = store.bytes_by_part()
+    assert after["codes"] - before["codes"] == 4 * 64 * HEADS * 64 * (3 + 2) // 8
+    store.append(*draw_kv(1, 64 * 4, 64, seed=3))
+    assert len(pool) == records + 4, "new blocks take the records that ageing has left"
+    assert store.nbytes == reachable_bytes(store)
+    store.age(0, 4, key_bits=3, value_bits=2)
+    assert len(pool) == records + 4, "blocks of that width stay"
+
+
+def test_ageing_of_shared_rows_and_uncompressed_sides() -> None:
+    store = CompressedKV(StoreOptions(Precision(4, 16), window=16))
+    store.append(*draw_kv(2, 300))
+    store.select_rows([1, 1, 0])
+    values = store.unpacked()[1]
+    store.age(1, 3, key_bits=2, value_bits=2)
+    keys, same_values = store.unpacked()
+    assert torch.equal(values, same_values)
+    assert torch.equal(keys[0], keys[1])
+    pool = store._records()
+    named = [block for row in store._rows for block in row.blocks]
+    assert pool.uses == [named.count(block) for block in range(len(pool))]
+    assert sorted(set(named) | set(pool.free)) == list(range(len(pool)))
+    store.crop(250)
+    named = [block for row in store._rows for block in row.blocks]
+    assert pool.uses == [named.count(block) for block in range(len(pool))]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"first": 0, "last": 1, "key_bits": 4}, "keep 2 or 3 bits, got key_bits 4"),
+        ({"first": 0, "last": 1, "value_bits": 1}, "keep 2 or 3 bits, got value_bits 1"),
+        ({"first": 2, "last": 1}, "first 2 and last 1"),
+    ],
+)
+def test_ageing_refuses(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        make_store(4).age(**arguments)
