@@ -24,7 +24,7 @@ from turboquant.layout import BLOCK_TOKENS, BlockLayout, PackedTokens, SideLayou
 from turboquant.ops.age import age_blocks, age_records
 from turboquant.ops.append import rotate
 from turboquant.ops.attend import Segment, attend, attend_packed
-from turboquant.ops.devices import kernels_serve
+from turboquant.ops.devices import is_capturing, kernels_serve
 from turboquant.ops.encode import encode_records
 from turboquant.ops.unpack import unpack_records
 from turboquant.policy import Precision
@@ -70,11 +70,12 @@ class StoreOptions:
 
 @dataclass
 class _Row:
-    """One sequence: its tokens, its columns of left padding, and its coded blocks, oldest first."""
+    """One sequence: its tokens, its columns of left padding, its coded blocks, oldest first, and those kept for it."""
 
     length: int = 0
     pad: int = 0
     blocks: list[int] = field(default_factory=list)
+    reserved: list[int] = field(default_factory=list)  # the device knows them as the next blocks
 
 
 class CompressedKV:
@@ -195,6 +196,9 @@ class CompressedKV:
                 )
         for row, pad in zip(self._rows, pads or [row.pad for row in self._rows], strict=True):
             row.pad = pad
+        if is_capturing():
+            self._append_captured(keys, values)
+            return
         if self._records_past:
             self.commit()
         piece = BLOCK_TOKENS * _BLOCKS_PER_PIECE
@@ -279,6 +283,61 @@ class CompressedKV:
             if blocks > len(row.blocks):
                 self._code(b, row, blocks, row.length - self.options.sinks, None)
 
+    def reserve(self, tokens: int) -> None:
+        """Set aside blocks for that many more tokens of every row, so that a captured graph can append them.
+
+        Raises:
+            StateError: the store is empty, or its device is not served by kernels.
+        """
+        if self._device_tokens is None:
+            raise StateError(
+                "blocks are reserved for the kernels of a GPU, on tokens that are there: append some first"
+            )
+        for b, row in enumerate(self._rows):
+            wanted = blocks_for(row.length + tokens, self.options) - len(row.blocks) - len(row.reserved)
+            if wanted > 0:
+                ids = self._records().take(wanted)
+                self._name_on_device(self._device_tokens, b, len(row.blocks) + len(row.reserved), ids)
+                row.reserved += ids
+
+    def advance(self, tokens: int) -> None:
+        """Take note that captured graphs have appended that many tokens to every row."""
+        self._columns += tokens
+        for row in self._rows:
+            row.length += tokens
+            coded = max(len(row.blocks), blocks_for(row.length, self.options)) - len(row.blocks)
+            if coded > len(row.reserved):
+                raise StateError(f"{tokens} tokens were appended by graphs and room was reserved for fewer")
+            row.blocks += row.reserved[:coded]
+            del row.reserved[:coded]
+        self._count_on_device()
+
+    def _append_captured(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """One token a row, for a graph: all that depends on how many there are is left to the device."""
+        on_device = self._device_tokens
+        if on_device is None or keys.shape[2] != 1 or self._records_past:
+            raise StateError("a graph can hold steps of one token, on a GPU that kernels serve, with no past recorded")
+        key_side, value_side = self._both()
+        tails = key_side.tail, value_side.tail
+        rotate(keys, values, on_device.matrices, on_device.bias, on_device.lengths, tails, self._packed(on_device))
+        on_device.lengths.add_(1)
+        if not any(row.reserved for row in self._rows):
+            return  # no step of the graph fills a block
+        due = on_device.lengths, self.options.sinks, self.options.window
+        for index, side in enumerate(self._both()):
+            encode_records(
+                side.tail,
+                self._records().layout,
+                index,
+                self._records().slabs[0],
+                on_device.table,
+                first_block=0,
+                blocks=1,
+                first_slot=self.options.sinks,
+                ring=self._ring_tokens,
+                when_due=due,
+            )
+
     def _packed(self, on_device: DeviceTokens) -> PackedTokens:
         key_side, value_side = self._both()
         pool = self._records()
@@ -337,7 +396,9 @@ class CompressedKV:
         first, last = BLOCK_TOKENS * len(row.blocks), BLOCK_TOKENS * blocks
         for piece in range(first, last, BLOCK_TOKENS * _BLOCKS_PER_PIECE):
             stop = min(piece + BLOCK_TOKENS * _BLOCKS_PER_PIECE, last)
-            ids = self._records().take((stop - piece) // BLOCK_TOKENS)
+            count = (stop - piece) // BLOCK_TOKENS
+            ids, row.reserved = row.reserved[:count], row.reserved[count:]
+            ids += self._records().take(count - len(ids))
             if self._device_tokens is not None:
                 self._name_on_device(self._device_tokens, b, len(row.blocks), ids)
             for i, side in enumerate(self._both()):
@@ -483,7 +544,7 @@ class CompressedKV:
                 scale=scale,
                 softcap=softcap,
                 sink_logits=sink_logits,
-                most_blocks=max(len(row.blocks) for row in self._rows),
+                most_blocks=max(len(row.blocks) + len(row.reserved) for row in self._rows),
                 is_mixed=self._records().is_mixed,
             )
         groups = heads // kv_heads
@@ -585,7 +646,8 @@ class CompressedKV:
             blocks = after_sinks // BLOCK_TOKENS
             if blocks < len(row.blocks):
                 self._back_to_ring(b, row.blocks[blocks], BLOCK_TOKENS * blocks, after_sinks)
-                self._records().give_back(row.blocks[blocks:])
+                self._records().give_back([*row.blocks[blocks:], *row.reserved])
+                row.reserved.clear()
                 del row.blocks[blocks:]
         self._count_on_device()
 
@@ -670,7 +732,7 @@ class CompressedKV:
         for row in chosen:
             self._records().share(row.blocks)
         for row in self._rows:
-            self._records().give_back(row.blocks)
+            self._records().give_back([*row.blocks, *row.reserved])
         self._rows = [_Row(row.length, row.pad, list(row.blocks)) for row in chosen]
         index = torch.tensor(list(rows), device=self._sides[0].tail.device)
         for side in self._sides:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from turboquant import CompressedKV, KeyBias, Precision, StoreOptions
+from turboquant import CompressedKV, KeyBias, Precision, StateError, StoreOptions
 from turboquant.blocks import rotation_bytes
 from turboquant.store import store_bytes
 
@@ -206,3 +206,82 @@ def test_aged_blocks(on_kernels: Any, widths: tuple[int, int]) -> None:
             for store, row in zip(pair.stores, (ours, plain), strict=True)
         ]
         assert layouts[0] == layouts[1]
+
+
+def test_steps_of_a_graph(on_kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a graph holds changes nothing on the host, and gives what separate steps give, over two filled blocks."""
+    options = StoreOptions(Precision(3, 3), window=16, sinks=2)
+    pair = Pair(on_kernels, options, batch=2, bias=True)
+    pair.append(90, pads=[0, 7])
+    ours, plain = pair.stores
+    ours.reserve(130)
+    lengths, nbytes = ours.lengths, ours.nbytes
+    for step in range(130):
+        keys, values = (draw(2, HEADS, 1, 32, seed=3000 + 2 * step + i, dtype=torch.float32) for i in (0, 1))
+        q = draw(2, 2 * HEADS, 1, 32, seed=9000 + step, dtype=torch.float32)
+        on_kernels(False)
+        plain.append(keys, values)
+        monkeypatch.setattr("turboquant.store.is_capturing", lambda: True)
+        ours.append(keys, values)
+        out = ours.attend(q, scale=32**-0.5) if step % 43 == 0 else None
+        monkeypatch.setattr("turboquant.store.is_capturing", lambda: False)
+        assert ours.lengths == lengths
+        assert ours.nbytes == nbytes
+        if out is not None:
+            reference = plain.attend(q, scale=32**-0.5)
+            # other codes where a coordinate lies on a threshold
+            assert ((out - reference).norm() / reference.norm()).item() < 0.02
+    ours.advance(130)
+    pair.check()
+    for _ in range(3):
+        pair.append(1)
+    pair.check()
+    named = [block for row in ours._rows for block in (*row.blocks, *row.reserved)]
+    assert ours._records().uses == [named.count(block) for block in range(len(ours._records()))]
+    with pytest.raises(StateError, match="reserved for fewer"):
+        ours.advance(500)
+
+
+def test_a_graph_holds_single_tokens_only(on_kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_kernels(True)
+    store = CompressedKV(StoreOptions(Precision(3, 3)))
+    with pytest.raises(StateError, match="append some first"):
+        store.reserve(10)
+    tokens = draw(1, HEADS, 2, 32, seed=1, dtype=torch.float32)
+    store.append(tokens, tokens)
+    monkeypatch.setattr("turboquant.store.is_capturing", lambda: True)
+    with pytest.raises(StateError, match="steps of one token"):
+        store.append(tokens, tokens)
+
+
+@pytest.mark.gpu
+def test_a_captured_step_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one-token step, append and attention, replayed past the end of two blocks, against single calls."""
+    monkeypatch.setattr("turboquant.store.kernels_serve", lambda device: True)
+    options = StoreOptions(Precision(3, 3), window=16, sinks=2)
+    bias = KeyBias(draw(HEADS, 64, seed=3, dtype=torch.float32), 10_000.0 ** -torch.linspace(0, 1, 8))
+    stores = [CompressedKV(options, key_bias=bias) for _ in range(2)]
+    prompt = draw(1, HEADS, 200, 64, seed=1, dtype=torch.bfloat16).cuda()
+    for store in stores:
+        store.append(prompt, prompt)
+    graphed, plain = stores
+    keys, values, q = (torch.zeros(1, heads, 1, 64, dtype=torch.bfloat16).cuda() for heads in (HEADS, HEADS, 8))
+    warm = CompressedKV(options, key_bias=bias)  # compiles what the graph will hold
+    for _ in range(70):
+        warm.append(keys, values)
+        warm.attend(q, scale=0.125)
+    graphed.reserve(140)
+    # also the kernel that codes a block when one is due
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        graphed.append(keys, values)
+        out = graphed.attend(q, scale=0.125)
+    for step in range(140):
+        for tensor, seed in ((keys, 0), (values, 1), (q, 2)):
+            tensor.copy_(draw(*tensor.shape, seed=100 + 3 * step + seed, dtype=torch.bfloat16))
+        graph.replay()
+        plain.append(keys, values)
+        torch.testing.assert_close(out, plain.attend(q, scale=0.125), rtol=1e-2, atol=1e-3)
+    graphed.advance(140)
+    for ours, theirs in zip(graphed.unpacked(), plain.unpacked(), strict=True):
+        assert torch.equal(ours, theirs)

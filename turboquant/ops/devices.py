@@ -37,6 +37,11 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def is_capturing() -> bool:
+    """Whether launches go into a CUDA graph instead of running: host state must not change then."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 @cache
 def kernels_serve(device: torch.device) -> bool:
     """Whether operations on that device run as kernels; says once if a GPU is left to plain PyTorch."""

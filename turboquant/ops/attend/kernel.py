@@ -40,15 +40,12 @@ _LAUNCHES: dict[int, list[tuple[int, int, Launch]]] = {
         (8, 128, Launch(rows=8, swap=True, warps=4, stages=3, programs=3)),
         (8, 256, Launch(rows=8, swap=True, warps=8, stages=2, programs=2)),
         (16, 128, Launch(rows=16, swap=True, warps=4, stages=2, programs=2)),
-        (16, 256, Launch(rows=16, swap=True, warps=8, stages=2, programs=2)),
-        (32, 128, Launch(rows=32, swap=True, warps=8, stages=2, programs=2)),
-        (1 << 30, 128, Launch(rows=64, swap=False, warps=8, stages=2, programs=2)),
-        (1 << 30, 256, Launch(rows=32, swap=True, warps=8, stages=2, programs=2)),
+        (16, 256, Launch(rows=8, swap=True, warps=8, stages=2, programs=2)),
+        (1 << 30, 128, Launch(rows=32, swap=True, warps=8, stages=2, programs=2)),
+        (1 << 30, 256, Launch(rows=16, swap=True, warps=8, stages=2, programs=2)),
     ],
     0: [
-        (16, 128, Launch(rows=16, swap=False, warps=4, stages=2, programs=2)),
-        (16, 256, Launch(rows=16, swap=False, warps=8, stages=2, programs=2)),
-        (1 << 30, 128, Launch(rows=32, swap=False, warps=8, stages=2, programs=2)),
+        (1 << 30, 128, Launch(rows=16, swap=False, warps=8, stages=2, programs=2)),
         (1 << 30, 256, Launch(rows=16, swap=False, warps=8, stages=2, programs=2)),
     ],
 }
@@ -225,9 +222,9 @@ def _attend_blocks(
     row_scale,
     bias_scale,
     constant,
-    along_cos,
-    along_sin,
-    frequency,
+    coefficients,
+    is_row,
+    frequencies,
     bias_table,
     position,
     softcap,
@@ -269,6 +266,10 @@ def _attend_blocks(
     q16 = q.to(tl.float16)
     if HAS_BIAS:
         # the query turned back to the first token of the block, block after block, meets one table of 64 angles
+        i = tl.arange(0, PAIRS_PADDED)
+        frequency = tl.load(frequencies + i)
+        along_cos = tl.load(coefficients[:, None] + i[None, :], mask=is_row[:, None], other=0)
+        along_sin = tl.load(coefficients[:, None] + PAIRS_PADDED + i[None, :], mask=is_row[:, None], other=0)
         cos, sin = turned((sinks + 64 * first).to(tl.int64), frequency)
         cos_step, sin_step = turned(tl.full((1,), 64, tl.int64), frequency)
         along_cos, along_sin = (
@@ -389,9 +390,9 @@ def _attend_tail(
     row_scale,
     bias_scale,
     constant,
-    along_cos,
-    along_sin,
-    frequency,
+    coefficients,
+    is_row,
+    frequencies,
     position,
     softcap,
     KEY_DIM: tl.constexpr,
@@ -401,6 +402,7 @@ def _attend_tail(
     VALUE_QUARTER: tl.constexpr,
     VALUE_QUARTER_PADDED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    PAIRS_PADDED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr,
     SWAP: tl.constexpr,
@@ -431,8 +433,14 @@ def _attend_tail(
     )
     s = _scores_dense(q, keys, SWAP, ON_GPU) * row_scale[:, None]
     if HAS_BIAS:
-        cos, sin = turned(token[:, None], frequency[None, :])
-        bias = _scores(along_cos, cos, SWAP, ON_GPU) + _scores(along_sin, sin, SWAP, ON_GPU)
+        # few pairs at a time: all angles of 64 tokens at once would not fit the registers
+        bias = tl.zeros((ROWS, 64), tl.float32)
+        for start in tl.static_range(0, PAIRS_PADDED, 16):
+            i = start + tl.arange(0, 16)
+            cos, sin = turned(token[:, None], tl.load(frequencies + i)[None, :])
+            along_cos = tl.load(coefficients[:, None] + i[None, :], mask=is_row[:, None], other=0)
+            along_sin = tl.load(coefficients[:, None] + PAIRS_PADDED + i[None, :], mask=is_row[:, None], other=0)
+            bias += _scores(along_cos, cos, SWAP, ON_GPU) + _scores(along_sin, sin, SWAP, ON_GPU)
         s += bias * bias_scale[:, None] + constant[:, None]
     s = _in_base_2(s, softcap, HAS_SOFTCAP)
     s = tl.where(is_held[None, :] & (token[None, :] <= position[:, None]), s, float("-inf"))
@@ -516,17 +524,9 @@ def _attend_split(
     row_scale = tl.load(factor + at * 4, mask=is_row, other=0) * scale
     bias_scale = row_scale
     constant = row_scale
-    along_cos = row_scale
-    along_sin = row_scale
-    frequency = row_scale
     if HAS_BIAS:
-        i = tl.arange(0, PAIRS_PADDED)
         bias_scale = tl.load(factor + at * 4 + 1, mask=is_row, other=0) * (scale * bias_scaling)
         constant = tl.load(factor + at * 4 + 2, mask=is_row, other=0) * scale
-        own = coefficients + at[:, None] * (2 * PAIRS_PADDED) + i[None, :]
-        along_cos = tl.load(own, mask=is_row[:, None], other=0)
-        along_sin = tl.load(own + PAIRS_PADDED, mask=is_row[:, None], other=0)
-        frequency = tl.load(frequencies + i)
 
     if split < splits:
         share = (blocks + splits - 1) // splits
@@ -544,9 +544,9 @@ def _attend_split(
             row_scale,
             bias_scale,
             constant,
-            along_cos,
-            along_sin,
-            frequency,
+            coefficients + at * (2 * PAIRS_PADDED),
+            is_row,
+            frequencies,
             bias_table,
             position,
             softcap,
@@ -584,9 +584,9 @@ def _attend_split(
             row_scale,
             bias_scale,
             constant,
-            along_cos,
-            along_sin,
-            frequency,
+            coefficients + at * (2 * PAIRS_PADDED),
+            is_row,
+            frequencies,
             position,
             softcap,
             KEY_DIM,
@@ -596,6 +596,7 @@ def _attend_split(
             VALUE_QUARTER,
             VALUE_QUARTER_PADDED,
             HAS_BIAS,
+            PAIRS_PADDED,
             HAS_SOFTCAP,
             ROWS,
             SWAP,

@@ -67,6 +67,7 @@ def encode_records(
     first_slot: int = 0,
     first_token: int = 0,
     ring: int = 1 << 30,
+    when_due: tuple[Tensor, int, int] | None = None,
 ) -> None:
     """Blocks of rotated tokens into records, by the rule "unbiased", by a kernel: one launch for all of them.
 
@@ -76,6 +77,8 @@ def encode_records(
         anchor, table: see PackedTokens; entry `first_block` + i of row b gives the record of its tokens
             `first_token` + 64 i and on.
         blocks: how many.
+        when_due: (lengths [B] int32, sinks, window): instead, of each row the block that its newest token has pushed
+            out of the window, if it has pushed one out; the device decides, as a captured graph needs it.
     """
     from turboquant.ops.encode import kernel
 
@@ -90,4 +93,5 @@ def encode_records(
         first_slot=first_slot,
         first_token=first_token,
         ring=ring,
+        when_due=when_due,
     )

@@ -183,5 +183,5 @@ def encode_records(
         HEAD_BYTES=layout.head_bytes,
         SIDE_AT=side_at,
         WHEN_DUE=when_due is not None,
-        num_warps=8 if dim <= 128 else 16,
+        num_warps=8 if dim <= 128 else 32,
     )
