@@ -87,6 +87,8 @@ class Caches:
             bias = torch.randn(shape.kv_heads, shape.dim, device=device, generator=draw)
             self.bias = bias_terms(bias, 1e6 ** -torch.linspace(0, 1, shape.dim // 2), 1.0, False)
         self.most_blocks = blocks
+        if records.is_cuda:
+            torch.cuda.synchronize()
 
     def calls(self, launch: Launch | None = None) -> list[Callable[[], Any]]:
         """One call of attention for each cache."""
@@ -113,6 +115,7 @@ class Caches:
 def gpu_seconds(calls: Sequence[Callable[[], Any]], repeats: int = 15) -> float:
     """GPU time of one call: all of them in one graph, so that no launch waits for Python; the median of its replays."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which fills what the calls read
     with torch.cuda.stream(stream):
         for call in calls[:2]:
             call()

@@ -24,14 +24,37 @@ HEAD = (
 )
 
 
+# Rows of the cache's benchmarks have a kind: what makes two of a kind the same measurement, and the head of its table.
+KINDS: dict[str, tuple[tuple[str, ...], str]] = {
+    "attention": (
+        ("shape",),
+        "| attention of one token over | time | share of the rate of a plain copy | times as fast as | commit |",
+    ),
+    "encode": (("side", "bits", "dim", "heads", "tokens"), "| encode | time | share of a plain copy | commit |"),
+    "unpack": (("side", "bits", "dim", "heads", "tokens"), "| unpack | time | share of a plain fill | commit |"),
+    "cache": (
+        ("model", "bits", "prompt", "new"),
+        "| decoding, everything resident | tok/s | cache | held after the prompt | beside 16 bits | commit |",
+    ),
+}
+
+
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells a row from others."""
+    if "kind" not in row:
+        return tuple(row.get(name) for name in KEY)
+    return (row["kind"], *(json.dumps(row[name], sort_keys=True) for name in KINDS[row["kind"]][0]))
+
+
 def merged(kept: Iterable[dict[str, Any]], measured: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """All rows, of two with the same settings the measured one, in the order of the table.
 
     Args:
         kept: rows of earlier runs. measured: rows of this one, later ones last.
     """
-    rows = {tuple(row.get(name) for name in KEY): row for row in (*kept, *measured)}
-    return sorted(rows.values(), key=order)
+    rows = {key_of(row): row for row in (*kept, *measured)}
+    streamed = sorted((row for row in rows.values() if "kind" not in row), key=order)
+    return streamed + [row for kind in KINDS for row in rows.values() if row.get("kind") == kind]
 
 
 def order(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -79,23 +102,81 @@ def stream_row(row: dict[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """What stands between the markers: what each commit's rows were measured with, then the rows."""
-    machines: dict[str, list[str]] = {}
+def kind_row(row: dict[str, Any]) -> str:
+    """One line of the table of a kind."""
+    if row["kind"] == "attention":
+        shape = row["shape"]
+        terms = "key terms" if shape["has_terms"] else "no key terms"
+        cells = [
+            f"batch {shape['batch']}, {shape['heads']}/{shape['kv_heads']} heads of {shape['dim']}, "
+            f"{shape['tokens']} tokens, {shape['bits']} bits, {terms}",
+            f"{1e6 * row['seconds']:.1f} µs",
+            f"{100 * row['share_of_dram']:.0f} %",
+            ", ".join(
+                f"{name} {ratio:.2f} ({1e6 * row['dense_seconds'][name]:.1f} µs)"
+                for name, ratio in row["ratios"].items()
+            ),
+        ]
+    elif row["kind"] == "cache":
+        ours = "speed_ratio" in row
+        cells = [
+            f"{row['model']}, {row['prompt']} tokens, {row['bits']} bits",
+            f"{row['tokens_per_s']:.2f}",
+            f"{row['cache_bytes'] / 1e9:.2f} GB",
+            f"{row['held_bytes'] / 1e9:.2f} GB",
+            f"{row['speed_ratio']:.2f} times the speed, {100 * row['saved_share']:.0f} % saved" if ours else "",
+        ]
+    else:
+        cells = [
+            f"{row['side']}, {row['bits']} bits, {row['heads']} heads of {row['dim']}, {row['tokens']} tokens",
+            f"{1e6 * row['seconds']:.0f} µs",
+            f"{100 * row['share']:.0f} %",
+        ]
+    return "| " + " | ".join([*cells, row["commit"]]) + " |"
+
+
+def machines(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """What each commit's rows were measured with."""
+    found: dict[str, list[str]] = {}
     for row in rows:
         used = row["versions"]
         packages = ", ".join(f"{name} {used[name]}" for name in ("torch", "transformers", "accelerate", "triton"))
-        commits = machines.setdefault(f"{used['gpu']}, driver {used['driver']}, {packages}", [])
+        commits = found.setdefault(f"{used['gpu']}, driver {used['driver']}, {packages}", [])
         if row["commit"] not in commits:
             commits.append(row["commit"])
-    lines = [f"{machine} (commit {', '.join(commits)})." for machine, commits in machines.items()]
-    return "\n\n".join([*lines, "Random weights of the named shapes.", "\n".join([HEAD, *map(stream_row, rows)])])
+    return [f"{machine} (commit {', '.join(commits)})." for machine, commits in found.items()]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """What stands between the markers of the streaming table."""
+    lines = "\n".join([HEAD, *map(stream_row, rows)])
+    return "\n\n".join([*machines(rows), "Random weights of the named shapes.", lines])
+
+
+def cache_tables(rows: list[dict[str, Any]]) -> str:
+    """What stands between the markers of the cache's tables."""
+    if not rows:
+        return "Not measured yet."
+    parts = machines(rows)
+    for kind, (_, head) in KINDS.items():
+        own = [kind_row(row) for row in rows if row["kind"] == kind]
+        if own:
+            parts.append("\n".join([head, "| --- " * (head.count("|") - 1) + "|", *own]))
+    return "\n\n".join(parts)
 
 
 def page(text: str, rows: list[dict[str, Any]]) -> str:
-    """The page's text with the table of these rows."""
-    block = f"<!-- stream: begin -->\n{table(rows)}\n<!-- stream: end -->"
-    return re.sub(r"<!-- stream: begin -->.*<!-- stream: end -->", lambda _: block, text, flags=re.DOTALL)
+    """The page's text with the tables of these rows."""
+    blocks = {
+        "stream": table([row for row in rows if "kind" not in row]),
+        "cache": cache_tables([row for row in rows if "kind" in row]),
+    }
+    for name, block in blocks.items():
+        marked = f"<!-- {name}: begin -->\n{block}\n<!-- {name}: end -->"
+        text = re.sub(
+            rf"<!-- {name}: begin -->.*<!-- {name}: end -->", lambda _, marked=marked: marked, text, flags=re.DOTALL
+        )
+    return text
 
 
 def main() -> None:
@@ -113,7 +194,8 @@ def main() -> None:
     rows = merged(kept, measured)
     data.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
-    print("\n".join([HEAD, *map(stream_row, rows)]))
+    print(table([row for row in rows if "kind" not in row]))
+    print(cache_tables([row for row in rows if "kind" in row]))
 
 
 if __name__ == "__main__":

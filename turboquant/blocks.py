@@ -109,11 +109,12 @@ class RecordPool:
             yield start, self.slabs[slab][first : first + stop - start], self._layouts[slab]
             start = stop
 
-    def offsets(self, ids: Sequence[int]) -> list[int]:
-        """Entries of a block table: each record's distance from the first slab, and its planes in the lowest bits."""
-        start = self.slabs[0].data_ptr()
+    def offsets(self, ids: Sequence[int], anchor: torch.Tensor) -> list[int]:
+        """Entries of a block table: each record's distance from `anchor`, and its planes in the lowest bits."""
         return [
-            view.data_ptr() - start + i * layout.nbytes | layout.key.num_planes | layout.value.num_planes << 2
+            view.data_ptr() - anchor.data_ptr() + i * layout.nbytes
+            | layout.key.num_planes
+            | layout.value.num_planes << 2
             for _, view, layout in self.runs(ids)
             for i in range(view.shape[0])
         ]

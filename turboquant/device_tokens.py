@@ -8,6 +8,8 @@ from turboquant.key_bias import KeyBias
 from turboquant.ops.attend.bias import BiasTerms, bias_terms
 from turboquant.rotation import Rotation
 
+ANCHOR_BYTES = 16
+
 
 class DeviceTokens:
     """Block table, lengths and matrices of one layer.
@@ -15,13 +17,15 @@ class DeviceTokens:
     Args:
         batch: rows. rotations: of keys and values. key_bias: of the layer, or None. device: where the tensors lie.
     Attributes:
-        table: [B, blocks] int64, see PackedTokens. lengths, coded: [B] int32.
+        anchor, table: uint8, and [B, blocks] int64, see PackedTokens. lengths, coded: [B] int32.
         matrices: [D, D] float32 of both rotations. bias: the key bias as the kernels read it, or None.
     """
 
     def __init__(
         self, batch: int, rotations: tuple[Rotation, Rotation], key_bias: KeyBias | None, device: torch.device
     ):
+        # records are found by their distance from it, whatever slab they are in
+        self.anchor = torch.zeros(ANCHOR_BYTES, dtype=torch.uint8, device=device)
         self.table = torch.zeros(batch, 0, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.coded = torch.zeros(batch, dtype=torch.int32, device=device)
@@ -33,7 +37,7 @@ class DeviceTokens:
     @property
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor held, but for the matrices, which are the rotations', and the bias itself."""
-        own = [self.table, self.lengths, self.coded]
+        own = [self.anchor, self.table, self.lengths, self.coded]
         return own + ([self.bias.frequencies, self.bias.table] if self.bias is not None else [])
 
     def make_room(self, blocks: int) -> None:
@@ -76,4 +80,4 @@ class DeviceTokens:
 
 def device_tokens_bytes(batch: int, blocks: int, key_dim: int, value_dim: int) -> int:
     """Bytes of a DeviceTokens and its matrices, before it exists; a key bias's tables come on top."""
-    return 8 * batch * blocks + 8 * batch + 4 * (key_dim**2 + value_dim**2)
+    return ANCHOR_BYTES + 8 * batch * blocks + 8 * batch + 4 * (key_dim**2 + value_dim**2)

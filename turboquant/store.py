@@ -13,6 +13,7 @@ rotated and rounded once, when it is appended: codes do not depend on how the to
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -96,6 +97,13 @@ class CompressedKV:
         self._sides: tuple[Side, Side] | None = None
         self._pool: RecordPool | None = None
         self._device_tokens: DeviceTokens | None = None  # where kernels serve the device
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy's records lie elsewhere: the device is told where (copy.deepcopy and pickle come here)."""
+        vars(self).update(state)
+        if self._device_tokens is not None:
+            for b, row in enumerate(self._rows):
+                self._name_on_device(self._device_tokens, b, 0, [*row.blocks, *row.reserved])
 
     # ------------------------------------------------------------------ size
     @property
@@ -237,7 +245,7 @@ class CompressedKV:
         self._rows = [_Row() for _ in range(keys.shape[0])]
         if self.key_bias is not None:
             self.key_bias = self.key_bias.to(keys.device)
-        if kernels_serve(keys.device):
+        if kernels_serve(keys.device, keys.shape[-1], values.shape[-1]):
             self._device_tokens = DeviceTokens(len(self._rows), rotations, self.key_bias, keys.device)
         if options.capacity_tokens is not None:
             blocks = blocks_for(options.capacity_tokens, options)
@@ -263,7 +271,7 @@ class CompressedKV:
             positions = on_device.lengths
             if any(skips):  # rows that are still in their padding hold no token to count from
                 positions = torch.tensor([first - row.pad for row in self._rows], dtype=torch.int32).to(keys.device)
-            out = keys.new_empty(keys.shape), values.new_empty(values.shape)
+            out = key_side.tail.new_empty(keys.shape), value_side.tail.new_empty(values.shape)
             rotate(keys, values, on_device.matrices, on_device.bias, positions, out)
             keys, values = out
         for b, (row, skip) in enumerate(zip(self._rows, skips, strict=True)):
@@ -285,6 +293,8 @@ class CompressedKV:
 
     def reserve(self, tokens: int) -> None:
         """Set aside blocks for that many more tokens of every row, so that a captured graph can append them.
+
+        A graph is good until the next call of anything but `advance`: others may move the tables that it reads.
 
         Raises:
             StateError: the store is empty, or its device is not served by kernels.
@@ -329,7 +339,7 @@ class CompressedKV:
                 side.tail,
                 self._records().layout,
                 index,
-                self._records().slabs[0],
+                on_device.anchor,
                 on_device.table,
                 first_block=0,
                 blocks=1,
@@ -345,7 +355,7 @@ class CompressedKV:
         window = self.options.window + (TENTATIVE_TOKENS if self._records_past else 0)
         return PackedTokens(
             pool.layout,
-            pool.slabs[0] if pool.slabs else key_side.tail,
+            on_device.anchor,
             on_device.table,
             on_device.lengths,
             on_device.coded,
@@ -424,7 +434,7 @@ class CompressedKV:
         # room for a quarter more: a table that grew by every block would be copied by every block
         if first + len(ids) > on_device.table.shape[1]:
             on_device.make_room((first + len(ids)) * 5 // 4)
-        on_device.name_blocks(b, first, self._records().offsets(ids))
+        on_device.name_blocks(b, first, self._records().offsets(ids, on_device.anchor))
 
     def _encode_on_device(
         self,
@@ -442,7 +452,7 @@ class CompressedKV:
             side.tail[b : b + 1] if tokens is None else tokens[None],
             pool.layout,
             index,
-            pool.slabs[0],
+            on_device.anchor,
             on_device.table[b : b + 1],
             first_block=first_block,
             blocks=len(ids),
@@ -454,16 +464,17 @@ class CompressedKV:
     def _read(self, index: int, ids: Sequence[int]) -> torch.Tensor:
         """Blocks `ids` of keys (0) or values (1) as tokens [G, n * 64, D] float32, means added."""
         pool, side = self._records(), self._both()[index]
-        if self._device_tokens is None or not side.layout.num_planes:
+        on_device = self._device_tokens
+        if on_device is None or not side.layout.num_planes:
             read = [read_records(records, layout, index) for _, records, layout in pool.runs(ids)]
             return read[0] if len(read) == 1 else torch.cat(read, dim=1)
-        entries = torch.tensor(pool.offsets(ids), dtype=torch.int64).to(side.tail.device)
+        entries = torch.tensor(pool.offsets(ids, on_device.anchor), dtype=torch.int64).to(side.tail.device)
         out = side.tail.new_empty(side.tail.shape[1], BLOCK_TOKENS * len(ids), side.layout.dim, dtype=torch.float32)
         start = 0
         for layout, group in itertools.groupby(ids, pool.layout_of):
             stop = start + len(list(group))
             to = out[:, BLOCK_TOKENS * start : BLOCK_TOKENS * stop]
-            unpack_records(layout, index, pool.slabs[0], entries[start:stop], to)
+            unpack_records(layout, index, on_device.anchor, entries[start:stop], to)
             start = stop
         return out
 
@@ -501,6 +512,7 @@ class CompressedKV:
                 for token in range(BLOCK_TOKENS * len(row.blocks), row.length - sinks):
                     wide[b, :, sinks + token % self._ring_tokens] = side.tail[b, :, sinks + token % old_ring]
             side.tail = wide
+        self._count_on_device()  # the device sees a wider window from here on
 
     def commit(self) -> None:
         """Code every block that has left the window: what was appended will not be taken back."""
@@ -699,7 +711,7 @@ class CompressedKV:
             pool.give_back(old)
             row.blocks[first:last] = [moved.get(block, block) for block in row.blocks[first:last]]
             if old and self._device_tokens is not None:
-                self._device_tokens.name_blocks(b, first, pool.offsets(row.blocks[first:last]))
+                self._name_on_device(self._device_tokens, b, first, row.blocks[first:last])
         pool.give_back(list(moved.values()))  # by whoever took them
 
     def _aged(self, ids: Sequence[int], layout: BlockLayout, to: BlockLayout) -> list[int]:
@@ -707,9 +719,10 @@ class CompressedKV:
         pool = self._records()
         new = pool.take(len(ids), to)
         if self._device_tokens is not None:
-            device = self._device_tokens.table.device
-            entries = torch.tensor([pool.offsets(ids), pool.offsets(new)], dtype=torch.int64).to(device)
-            age_blocks(layout, to, pool.slabs[0], entries[0], entries[1])
+            anchor = self._device_tokens.anchor
+            entries = [pool.offsets(ids, anchor), pool.offsets(new, anchor)]
+            old, aged = torch.tensor(entries, dtype=torch.int64).to(anchor.device)
+            age_blocks(layout, to, anchor, old, aged)
             return new
         records = torch.cat([view for _, view, _ in pool.runs(ids)])
         for at, view, _ in pool.runs(new):

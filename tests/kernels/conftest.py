@@ -1,6 +1,7 @@
 """What tests of kernels share: memory nobody wrote is NaN, and a covering set of cases."""
 
 import itertools
+import os
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # packed_tokens
+# what deterministic algorithms ask for in some releases, and harmless in others; read when CUDA starts
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture(autouse=True)

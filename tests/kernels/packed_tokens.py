@@ -7,6 +7,7 @@ import torch
 from turboquant.blocks import read_records, write_records
 from turboquant.key_bias import KeyBias
 from turboquant.layout import BLOCK_TOKENS, BlockLayout, PackedTokens, SideLayout
+from turboquant.ops.age import age_records
 from turboquant.ops.attend import Segment, attend
 from turboquant.rotation import Rotation, make_rotation
 
@@ -34,6 +35,7 @@ class Case:
     window: int = 128
     rotation: str = "hadamard"
     value_scale: float = 1.0
+    is_aged: bool = False  # older blocks have fewer planes
     seed: int = 0
 
     @property
@@ -51,18 +53,18 @@ class Layer:
     rotations: tuple[Rotation, Rotation]
     key_bias: KeyBias | None
     records: torch.Tensor
-    ids: list[list[int]]
+    blocks: list[list[tuple[int, BlockLayout]]]
     sink_logits: torch.Tensor | None
     q: torch.Tensor
 
     @property
     def most_blocks(self) -> int:
         """Blocks of the longest row."""
-        return max(len(ids) for ids in self.ids)
+        return max(len(blocks) for blocks in self.blocks)
 
     def reference(self) -> torch.Tensor:
         """[B, H, T, Dv] float32 by ops/attend/reference.py, from the very codes and tails of `packed`."""
-        case, packed = self.case, self.packed
+        case = self.case
         scale = case.key_dim**-0.5
         out = []
         for b, length in enumerate(case.lengths):
@@ -86,19 +88,18 @@ class Layer:
             )
             plain = self.rotations[1].invert(result)
             out.append(plain.unflatten(1, (case.heads_per_group, case.queries)).flatten(0, 1))
-        del packed
         return torch.stack(out)
 
     def tokens(self, b: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rotated keys and values [G, length, D] float32 of row b, and their indices."""
         case, packed = self.case, self.packed
         length, sinks = case.lengths[b], min(case.sinks, case.lengths[b])
-        blocks = len(self.ids[b])
+        blocks = len(self.blocks[b])
         sides = []
         for side, tail in enumerate((packed.key_tail, packed.value_tail)):
             parts = [tail[b, :, :sinks].float()]
-            if blocks:
-                parts.append(read_records(self.records[self.ids[b]], packed.layout, side))
+            for at, layout in self.blocks[b]:
+                parts.append(read_records(self.records[None, at : at + layout.nbytes], layout, side))
             ring = tail.shape[2] - case.sinks
             recent = [case.sinks + (t % ring) for t in range(BLOCK_TOKENS * blocks, length - case.sinks)]
             parts.append(tail[b][:, recent].float())
@@ -142,10 +143,22 @@ def make_layer(case: Case, device: str = "cpu") -> Layer:
             for t in range(BLOCK_TOKENS * blocks[b], after.shape[1]):
                 tail[b, :, case.sinks + t % ring] = after[:, t]
         tails.append(tail)
+    flat = [records.view(-1)]
+    end, stride = flat[0].numel(), layout.nbytes
+    placed: list[list[tuple[int, BlockLayout]]] = [[(record * stride, layout) for record in own] for own in ids]
+    if case.is_aged:
+        aged = layout.with_bits(*(bits if bits == 16 else 2 for bits in (case.key_bits, case.value_bits)))
+        for own, row in zip(ids, placed, strict=True):
+            for k, record in enumerate(own[: len(own) * 2 // 3]):
+                flat.append(torch.full((aged.nbytes,), 0xFF, dtype=torch.uint8))
+                age_records(records[record : record + 1], layout, flat[-1][None], aged)
+                row[k] = (end, aged)
+                end += aged.nbytes
+    everything = torch.cat(flat)
     table = torch.full((batch, max(blocks, default=0) + 1), -(1 << 60), dtype=torch.int64)
-    planes = layout.key.num_planes | layout.value.num_planes << 2
-    for b, own in enumerate(ids):
-        table[b, : len(own)] = torch.tensor(own, dtype=torch.int64) * layout.nbytes | planes
+    for b, row in enumerate(placed):
+        for k, (at, own_layout) in enumerate(row):
+            table[b, k] = at | own_layout.key.num_planes | own_layout.value.num_planes << 2
     key_bias = None
     if case.has_bias:
         rotary = case.key_dim if case.rotary_dim is None else case.rotary_dim
@@ -154,10 +167,10 @@ def make_layer(case: Case, device: str = "cpu") -> Layer:
         bias = 4 * normal(groups, case.key_dim)
         bias[:, 3] = 40.0
         key_bias = KeyBias(bias.to(device), inverse.to(device), 1.1, case.interleaved)
-    records = records.to(device)
+    everything = everything.to(device)
     packed = PackedTokens(
         layout,
-        records.view(-1),
+        everything,
         table.to(device),
         torch.tensor(case.lengths, dtype=torch.int32, device=device),
         torch.zeros(batch, dtype=torch.int32, device=device),
@@ -169,4 +182,4 @@ def make_layer(case: Case, device: str = "cpu") -> Layer:
     rotations = (make_rotation(case.rotation, case.key_dim, 5), make_rotation(case.rotation, case.width, 6))
     q = normal(batch, heads, case.queries, case.key_dim).to(case.dtype).to(device)
     logits = normal(heads).to(device) if case.has_sink_logits else None
-    return Layer(case, packed, rotations, key_bias, records, ids, logits, q)
+    return Layer(case, packed, rotations, key_bias, everything, placed, logits, q)

@@ -28,6 +28,7 @@ AXES: dict[str, list[Any]] = {
     "softcap": [None, 20.0],
     "has_sink_logits": [False, True],
     "rotation": ["hadamard", "qr"],
+    "is_aged": [False, True],
 }
 
 
@@ -77,6 +78,7 @@ def check(case: Case, device: str) -> None:
         softcap=case.softcap,
         sink_logits=layer.sink_logits,
         most_blocks=layer.most_blocks,
+        is_mixed=case.is_aged,
     )
     reference = layer.reference()
     assert out.shape == reference.shape
@@ -132,7 +134,8 @@ def test_a_broken_vector_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A value with NaN makes its row NaN instead of passing for a zero."""
     case = Case(groups=1, lengths=(270,), key_dim=64)
     layer = make_layer(case)
-    layer.records[layer.ids[0][0], layer.packed.layout.key.nbytes : layer.packed.layout.key.nbytes + 2] = 0xFF
+    at = layer.blocks[0][0][0] + layer.packed.layout.key.nbytes
+    layer.records[at : at + 2] = 0xFF
     out = attend_packed(
         layer.q,
         layer.packed,

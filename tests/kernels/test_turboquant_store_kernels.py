@@ -1,5 +1,7 @@
 """CompressedKV on kernels, in Triton's interpreter, against itself in plain PyTorch."""
 
+import copy
+import gc
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,12 +15,18 @@ from turboquant.store import store_bytes
 HEADS = 2
 
 
-@pytest.fixture
-def on_kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function that makes the next store use kernels, or not."""
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
-    def use(wanted: bool) -> None:
-        monkeypatch.setattr("turboquant.store.kernels_serve", lambda device: wanted)
+
+@pytest.fixture
+def on_kernels(monkeypatch: pytest.MonkeyPatch, device: str) -> Any:
+    """A function that makes the next store use kernels, or not, and gives the device."""
+
+    def use(wanted: bool) -> str:
+        monkeypatch.setattr("turboquant.store.kernels_serve", lambda device, *dims: wanted)
+        return device
 
     return use
 
@@ -38,14 +46,14 @@ class Pair:
             key_bias = KeyBias(3 * draw(HEADS, dim, seed=99, dtype=torch.float32), 10_000.0 ** -torch.linspace(0, 1, 8))
         self.stores = []
         for wanted in (True, False):
-            use(wanted)
+            self.device = use(wanted)
             self.stores.append(CompressedKV(options, key_bias=key_bias))
         self.use = use
 
     def append(self, tokens: int, pads: Iterable[int] | None = None) -> None:
         self.seed += 2
-        keys = draw(self.batch, HEADS, tokens, self.dim, seed=self.seed, dtype=self.dtype)
-        values = draw(self.batch, HEADS, tokens, self.dim, seed=self.seed + 1, dtype=self.dtype)
+        shape = self.batch, HEADS, tokens, self.dim
+        keys, values = (draw(*shape, seed=self.seed + i, dtype=self.dtype).to(self.device) for i in (0, 1))
         for wanted, store in zip((True, False), self.stores, strict=True):
             self.use(wanted)
             store.append(keys, values, None if pads is None else list(pads))
@@ -58,7 +66,7 @@ class Pair:
         ours, plain = self.stores
         assert ours.lengths == plain.lengths
         assert [len(row.blocks) for row in ours._rows] == [len(row.blocks) for row in plain._rows]
-        q = draw(self.batch, 2 * HEADS, queries, self.dim, seed=1000, dtype=self.dtype)
+        q = draw(self.batch, 2 * HEADS, queries, self.dim, seed=1000, dtype=self.dtype).to(self.device)
         out = ours.attend(q, scale=self.dim**-0.5)
         on_device, ours._device_tokens = ours._device_tokens, None
         reference = ours.attend(q, scale=self.dim**-0.5)  # plain PyTorch over the same codes
@@ -151,10 +159,11 @@ def test_one_side_uncompressed(on_kernels: Any, widths: tuple[int, int]) -> None
     pair.check()
 
 
-def test_codes_do_not_depend_on_the_chunking(on_kernels: Any) -> None:
-    on_kernels(True)
-    keys, values = (draw(1, HEADS, 300, 32, seed=seed, dtype=torch.bfloat16) for seed in (1, 2))
-    bias = KeyBias(draw(HEADS, 32, seed=3, dtype=torch.float32), 10_000.0 ** -torch.linspace(0, 1, 8))
+@pytest.mark.parametrize("dim", [24, 32, 72])
+def test_codes_do_not_depend_on_the_chunking(on_kernels: Any, dim: int) -> None:
+    device = on_kernels(True)
+    keys, values = (draw(1, HEADS, 300, dim, seed=seed, dtype=torch.bfloat16).to(device) for seed in (1, 2))
+    bias = KeyBias(draw(HEADS, dim, seed=3, dtype=torch.float32), 10_000.0 ** -torch.linspace(0, 1, 8))
     held = []
     for chunks in ([300], [1] * 20 + [100, 80, 3] + [1] * 97, [130, 170]):
         store = CompressedKV(StoreOptions(Precision(3, 3), window=16), key_bias=bias)
@@ -170,14 +179,14 @@ def test_codes_do_not_depend_on_the_chunking(on_kernels: Any) -> None:
 
 def test_growth_and_bytes(on_kernels: Any) -> None:
     """No tensor is made in a step within a slab, and what is predicted is what is held."""
-    on_kernels(True)
+    device = on_kernels(True)
     options = StoreOptions(Precision(3, 3), window=16, sinks=2, capacity_tokens=400)
     bias = KeyBias(draw(HEADS, 32, seed=3, dtype=torch.float32), 10_000.0 ** -torch.linspace(0, 1, 8))
     store = CompressedKV(options, key_bias=bias)
-    keys = draw(1, HEADS, 400, 32, seed=1, dtype=torch.bfloat16)
+    keys = draw(1, HEADS, 400, 32, seed=1, dtype=torch.bfloat16).to(device)
     predicted = store_bytes(400, 1, HEADS, 32, 32, options, torch.bfloat16, has_kernels=True)
-    # the signs that matrices are made from stay on the CPU, where in this test the cache lies as well
-    predicted += 2 * rotation_bytes("hadamard", 32)
+    if device == "cpu":  # where the signs stay that matrices are made from
+        predicted += 2 * rotation_bytes("hadamard", 32)
     for token in range(0, 400, 50):
         store.append(keys[:, :, token : token + 49], keys[:, :, token : token + 49])
         before = [tensor.data_ptr() for tensor in store.tensors]
@@ -217,8 +226,10 @@ def test_steps_of_a_graph(on_kernels: Any, monkeypatch: pytest.MonkeyPatch) -> N
     ours.reserve(130)
     lengths, nbytes = ours.lengths, ours.nbytes
     for step in range(130):
-        keys, values = (draw(2, HEADS, 1, 32, seed=3000 + 2 * step + i, dtype=torch.float32) for i in (0, 1))
-        q = draw(2, 2 * HEADS, 1, 32, seed=9000 + step, dtype=torch.float32)
+        keys, values = (
+            draw(2, HEADS, 1, 32, seed=3000 + 2 * step + i, dtype=torch.float32).to(pair.device) for i in (0, 1)
+        )
+        q = draw(2, 2 * HEADS, 1, 32, seed=9000 + step, dtype=torch.float32).to(pair.device)
         on_kernels(False)
         plain.append(keys, values)
         monkeypatch.setattr("turboquant.store.is_capturing", lambda: True)
@@ -243,11 +254,11 @@ def test_steps_of_a_graph(on_kernels: Any, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_graph_holds_single_tokens_only(on_kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    on_kernels(True)
+    device = on_kernels(True)
     store = CompressedKV(StoreOptions(Precision(3, 3)))
     with pytest.raises(StateError, match="append some first"):
         store.reserve(10)
-    tokens = draw(1, HEADS, 2, 32, seed=1, dtype=torch.float32)
+    tokens = draw(1, HEADS, 2, 32, seed=1, dtype=torch.float32).to(device)
     store.append(tokens, tokens)
     monkeypatch.setattr("turboquant.store.is_capturing", lambda: True)
     with pytest.raises(StateError, match="steps of one token"):
@@ -257,21 +268,24 @@ def test_a_graph_holds_single_tokens_only(on_kernels: Any, monkeypatch: pytest.M
 @pytest.mark.gpu
 def test_a_captured_step_replays(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one-token step, append and attention, replayed past the end of two blocks, against single calls."""
-    monkeypatch.setattr("turboquant.store.kernels_serve", lambda device: True)
+    monkeypatch.setattr("turboquant.store.kernels_serve", lambda device, *dims: True)
     options = StoreOptions(Precision(3, 3), window=16, sinks=2)
     bias = KeyBias(draw(HEADS, 64, seed=3, dtype=torch.float32), 10_000.0 ** -torch.linspace(0, 1, 8))
-    stores = [CompressedKV(options, key_bias=bias) for _ in range(2)]
+    stores = [CompressedKV(options, key_bias=bias) for _ in range(3)]
     prompt = draw(1, HEADS, 200, 64, seed=1, dtype=torch.bfloat16).cuda()
     for store in stores:
         store.append(prompt, prompt)
-    graphed, plain = stores
+    graphed, plain, warm = stores
     keys, values, q = (torch.zeros(1, heads, 1, 64, dtype=torch.bfloat16).cuda() for heads in (HEADS, HEADS, 8))
-    warm = CompressedKV(options, key_bias=bias)  # compiles what the graph will hold
-    for _ in range(70):
-        warm.append(keys, values)
-        warm.attend(q, scale=0.125)
+    # compiles and loads exactly what the graph will hold
+    warm.reserve(140)
+    with monkeypatch.context() as captured:
+        captured.setattr("turboquant.store.is_capturing", lambda: True)
+        for _ in range(3):
+            warm.append(keys, values)
+            warm.attend(q, scale=0.125)
+    torch.cuda.synchronize()
     graphed.reserve(140)
-    # also the kernel that codes a block when one is due
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         graphed.append(keys, values)
@@ -285,3 +299,39 @@ def test_a_captured_step_replays(monkeypatch: pytest.MonkeyPatch) -> None:
     graphed.advance(140)
     for ours, theirs in zip(graphed.unpacked(), plain.unpacked(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_copy_reads_its_own_memory(on_kernels: Any) -> None:
+    """Copies of a cache with several slabs; the first one is gone when the copy is read."""
+    pair = Pair(on_kernels, StoreOptions(Precision(3, 4), window=16), bias=True)
+    for _ in range(3):
+        pair.append(150)
+    assert len(pair.stores[0]._records().slabs) > 1
+    pair.stores = [copy.deepcopy(store) for store in pair.stores]
+    gc.collect()
+    pair.check()
+    pair.append(100)
+    pair.check()
+
+
+def test_recording_after_decoding(on_kernels: Any) -> None:
+    """Blocks that single tokens have filled stay blocks when the window grows."""
+    pair = Pair(on_kernels, StoreOptions(Precision(4, 4), window=16, sinks=2))
+    pair.append(60)
+    for _ in range(80):
+        pair.append(1)
+    for store in pair.stores:
+        store.record_past()
+    pair.check()
+
+
+@pytest.mark.parametrize("widths", [(4, 4), (16, 4)])
+def test_tokens_of_another_dtype_are_rounded(on_kernels: Any, widths: tuple[int, int]) -> None:
+    pair = Pair(on_kernels, StoreOptions(Precision(*widths), window=16))
+    pair.dtype = torch.float16
+    pair.append(20)
+    pair.dtype = torch.float32
+    pair.append(150)
+    pair.append(1)
+    pair.dtype = torch.float16
+    pair.check()

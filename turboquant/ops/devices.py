@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -42,9 +43,20 @@ def is_capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+def launching_on(device: torch.device) -> AbstractContextManager[None]:
+    """Triton launches on the current device: within this, that is the one the tensors lie on."""
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        return torch.cuda.device(device)
+    return nullcontext()
+
+
+# Narrower heads than the tensor cores multiply, wider ones than registers hold.
+LEAST_DIM, MOST_DIM = 16, 256
+
+
 @cache
-def kernels_serve(device: torch.device) -> bool:
-    """Whether operations on that device run as kernels; says once if a GPU is left to plain PyTorch."""
+def kernels_serve(device: torch.device, *dims: int) -> bool:
+    """Whether the cache is read by kernels there, for heads of these widths; says once if a GPU is left to PyTorch."""
     if not KERNELS_RUN_ON_GPUS or device.type != "cuda" or torch.version.hip is not None:
         return False
     if capability(device) < _LEAST_CAPABILITY:
@@ -52,5 +64,8 @@ def kernels_serve(device: torch.device) -> bool:
         return False
     if importlib.util.find_spec("triton") is None:
         logger.warning("triton is not installed: the cache is read by plain PyTorch")
+        return False
+    if any(not LEAST_DIM <= dim <= MOST_DIM for dim in dims):
+        logger.warning("heads of %s coordinates: the cache is read by plain PyTorch", max(dims))
         return False
     return True

@@ -7,6 +7,7 @@ from torch import Tensor
 from turboquant.errors import OptionError
 from turboquant.layout import BlockLayout, side_parts
 from turboquant.ops.age import reference
+from turboquant.ops.devices import launching_on
 from turboquant.ops.unpack import check_planes_and_scale
 
 
@@ -61,4 +62,5 @@ def age_blocks(layout: BlockLayout, aged_layout: BlockLayout, anchor: Tensor, en
     """
     from turboquant.ops.age import kernel
 
-    kernel.age_blocks(layout, aged_layout, anchor, entries, aged)
+    with launching_on(anchor.device):
+        kernel.age_blocks(layout, aged_layout, anchor, entries, aged)

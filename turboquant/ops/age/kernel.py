@@ -22,6 +22,7 @@ def _age_side(
     KEPT: tl.constexpr,
     HAS_MEAN: tl.constexpr,
     ITEM_BYTES: tl.constexpr,
+    WARPS: tl.constexpr,
     ON_GPU: tl.constexpr,
 ):
     """One side of one head: 64 vectors with HELD planes (0 = numbers of ITEM_BYTES), KEPT of which stay."""
@@ -40,8 +41,8 @@ def _age_side(
         scale = tl.load(source.to(tl.pointer_type(tl.float16)) + n)
         a, y1, y2 = load_codes(source + planes, HELD, n, QUARTER, QUARTER_PADDED, HELD, False)
         if KEPT < HELD:
-            fine = decode(a, y1, y2, HELD, centroids, registers, QUARTER, QUARTER_PADDED, HELD, ON_GPU)
-            coarse = decode(a, y1, y2, KEPT, centroids, registers, QUARTER, QUARTER_PADDED, HELD, ON_GPU)
+            fine = decode(a, y1, y2, HELD, centroids, registers, QUARTER, QUARTER_PADDED, HELD, WARPS, ON_GPU)
+            coarse = decode(a, y1, y2, KEPT, centroids, registers, QUARTER, QUARTER_PADDED, HELD, WARPS, ON_GPU)
             is_real = is_coordinate(tl.arange(0, 4 * QUARTER_PADDED), QUARTER)[None, :]
             fine = tl.where(is_real, fine.to(tl.float32), 0.0)
             ratio = tl.sum(fine * fine, 1) / tl.sum(fine * coarse.to(tl.float32), 1)
@@ -84,6 +85,7 @@ def _age_blocks(
     AGED_HEAD_BYTES: tl.constexpr,
     VALUES_AT: tl.constexpr,
     AGED_VALUES_AT: tl.constexpr,
+    WARPS: tl.constexpr,
     ON_GPU: tl.constexpr,
 ):
     i = tl.program_id(0)
@@ -103,6 +105,7 @@ def _age_blocks(
             KEY_KEPT,
             HAS_MEANS,
             ITEM_BYTES,
+            WARPS,
             ON_GPU,
         )
     else:
@@ -118,6 +121,7 @@ def _age_blocks(
             VALUE_KEPT,
             False,
             ITEM_BYTES,
+            WARPS,
             ON_GPU,
         )
 
@@ -150,6 +154,7 @@ def age_blocks(
         AGED_HEAD_BYTES=aged_layout.head_bytes,
         VALUES_AT=key.nbytes,
         AGED_VALUES_AT=aged_layout.key.nbytes,
+        WARPS=4,
         ON_GPU=not is_interpreted(),
         num_warps=4,
     )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from turboquant.layout import PackedTokens
 from turboquant.ops.attend.bias import BiasTerms
+from turboquant.ops.devices import launching_on
 
 
 def rotate(
@@ -35,4 +36,5 @@ def rotate(
     # a head's coordinates are read as a row
     keys = keys if keys.stride(-1) == 1 else keys.contiguous()
     values = values if values.stride(-1) == 1 else values.contiguous()
-    kernel.rotate(keys, values, *matrices, bias, positions, out, packed)
+    with launching_on(keys.device):
+        kernel.rotate(keys, values, *matrices, bias, positions, out, packed)

@@ -81,7 +81,7 @@ def _rotate(
     tl.store(to + d[None, :], total.to(out.dtype.element_ty), mask=is_token[:, None] & (d < DIM)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "tokens", "sinks", "ring"])
 def _append(
     keys,
     key_batch_stride,

@@ -5,6 +5,7 @@ from torch import Tensor
 from turboquant.layout import PackedTokens
 from turboquant.ops.attend.bias import BiasTerms, bias_terms
 from turboquant.ops.attend.reference import Segment, attend
+from turboquant.ops.devices import launching_on
 
 __all__ = ["BiasTerms", "Segment", "attend", "attend_packed", "bias_terms"]
 
@@ -39,14 +40,15 @@ def attend_packed(
     from turboquant.ops.attend import kernel
 
     q = q if q.stride(-1) == 1 else q.contiguous()
-    return kernel.attend_packed(
-        q,
-        packed,
-        *matrices,
-        bias,
-        scale=scale,
-        softcap=softcap,
-        sink_logits=sink_logits,
-        most_blocks=most_blocks,
-        is_mixed=is_mixed,
-    )
+    with launching_on(q.device):
+        return kernel.attend_packed(
+            q,
+            packed,
+            *matrices,
+            bias,
+            scale=scale,
+            softcap=softcap,
+            sink_logits=sink_logits,
+            most_blocks=most_blocks,
+            is_mixed=is_mixed,
+        )

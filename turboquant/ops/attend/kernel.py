@@ -74,7 +74,7 @@ def turned(position, frequency):
     return turned_cos, turned_sin
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "heads_per_group", "tokens"])
 def _prepare(
     q,
     q_batch_stride,
@@ -246,6 +246,7 @@ def _attend_blocks(
     IS_CAUSAL: tl.constexpr,
     ROWS: tl.constexpr,
     SWAP: tl.constexpr,
+    WARPS: tl.constexpr,
     ON_GPU: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -309,7 +310,7 @@ def _attend_blocks(
                 IS_MIXED,
             )
             keys = decode(
-                a, y1, y2, key_planes, centroids, registers, KEY_QUARTER, KEY_QUARTER_PADDED, KEY_PLANES, ON_GPU
+                a, y1, y2, key_planes, centroids, registers, KEY_QUARTER, KEY_QUARTER_PADDED, KEY_PLANES, WARPS, ON_GPU
             )
             s = _scores(q16, keys, SWAP, ON_GPU) * key_scale[None, :]
             if HAS_MEANS:
@@ -366,6 +367,7 @@ def _attend_blocks(
                 VALUE_QUARTER,
                 VALUE_QUARTER_PADDED,
                 VALUE_PLANES,
+                WARPS,
                 ON_GPU,
             )
         else:
@@ -455,7 +457,10 @@ def _attend_tail(
     return top, tl.sum(weights, 1), acc
 
 
-@triton.jit
+# A kernel for every value of these would be compiled in the middle of a generation.
+@triton.jit(
+    do_not_specialize=["table_stride", "groups", "heads_per_group", "tokens", "sinks", "window", "slots", "splits"]
+)
 def _attend_split(
     anchor,
     table,
@@ -500,6 +505,7 @@ def _attend_split(
     IS_CAUSAL: tl.constexpr,
     ROWS: tl.constexpr,
     SWAP: tl.constexpr,
+    WARPS: tl.constexpr,
     ON_GPU: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -568,6 +574,7 @@ def _attend_split(
             IS_CAUSAL,
             ROWS,
             SWAP,
+            WARPS,
             ON_GPU,
             STAGES,
         )
@@ -615,7 +622,7 @@ def _attend_split(
         tl.store(out_acc + to[:, None] * VALUE_DIM + d[None, :], acc, mask=is_row[:, None] & is_value[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "heads_per_group", "tokens", "parts"])
 def _merge(
     in_top,
     in_mass,
@@ -689,7 +696,7 @@ def attend_packed(
     is_mixed: bool,
     launch: Launch | None = None,
 ) -> torch.Tensor:
-    """See `turboquant.ops.attend.attend_packed`, which checks the arguments."""
+    """See `turboquant.ops.attend.attend_packed`."""
     layout = packed.layout
     batch, heads, tokens, key_dim = q.shape
     groups, value_dim, slots = layout.heads, layout.value.dim, packed.key_tail.shape[2]
@@ -782,6 +789,7 @@ def attend_packed(
         IS_CAUSAL=tokens > 1,
         ROWS=launch.rows,
         SWAP=launch.swap,
+        WARPS=launch.warps,
         ON_GPU=not is_interpreted(),
         STAGES=launch.stages,
         num_warps=launch.warps,

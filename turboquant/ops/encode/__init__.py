@@ -7,6 +7,7 @@ from torch import Tensor
 from turboquant.codebook import embedded_codebook
 from turboquant.errors import ShapeError
 from turboquant.layout import BlockLayout
+from turboquant.ops.devices import launching_on
 from turboquant.ops.encode import reference
 from turboquant.planes import pack, plane_bytes
 
@@ -82,16 +83,17 @@ def encode_records(
     """
     from turboquant.ops.encode import kernel
 
-    kernel.encode_records(
-        tokens,
-        layout,
-        index,
-        anchor,
-        table,
-        first_block=first_block,
-        blocks=blocks,
-        first_slot=first_slot,
-        first_token=first_token,
-        ring=ring,
-        when_due=when_due,
-    )
+    with launching_on(anchor.device):
+        kernel.encode_records(
+            tokens,
+            layout,
+            index,
+            anchor,
+            table,
+            first_block=first_block,
+            blocks=blocks,
+            first_slot=first_slot,
+            first_token=first_token,
+            ring=ring,
+            when_due=when_due,
+        )

@@ -11,7 +11,7 @@ from turboquant.codebook import embedded_codebook
 from turboquant.layout import BlockLayout
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_slot", "first_token", "ring", "table_stride", "first_block", "sinks", "window"])
 def _encode_blocks(
     tokens,
     batch_stride,

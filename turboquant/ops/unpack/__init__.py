@@ -6,6 +6,7 @@ from torch import Tensor
 
 from turboquant.errors import OptionError, ShapeError
 from turboquant.layout import BlockLayout
+from turboquant.ops.devices import launching_on
 from turboquant.ops.unpack import reference
 from turboquant.planes import plane_bytes
 
@@ -38,7 +39,8 @@ def unpack_records(layout: BlockLayout, index: int, anchor: Tensor, entries: Ten
     """
     from turboquant.ops.unpack import kernel
 
-    kernel.unpack_records(layout, index, anchor, entries, out)
+    with launching_on(anchor.device):
+        kernel.unpack_records(layout, index, anchor, entries, out)
 
 
 def check_planes_and_scale(planes: Sequence[Tensor], scale: Tensor) -> None:

@@ -219,11 +219,13 @@ def decode(
     QUARTER: tl.constexpr,
     QUARTER_PADDED: tl.constexpr,
     PLANES: tl.constexpr,
+    WARPS: tl.constexpr,
     ON_GPU: tl.constexpr,
 ):
     """Centroids [N, 4 * QUARTER_PADDED] float16, positions as `coordinate` says.
 
     a, y1, y2: as `load_codes` gives them. planes_held: of the codes, PLANES or fewer. centroids, registers: `tables`.
+    WARPS: of the program.
     """
     N: tl.constexpr = a.shape[0]
     centroids += 16 * (planes_held - 1)
@@ -233,7 +235,8 @@ def decode(
     if ON_GPU:
         # 4 neighbouring bytes share a register; its lowest byte alone says by how much to shift
         amount = tl.where((j >= EIGHTH) & (j % 4 == 0), 2, 0).to(tl.uint8)
-        if EIGHTH % 4 != 0:  # a register may have bytes of both halves: shift before
+        # a register may have bytes of both halves, where a thread has less than 4 neighbours or halves are odd
+        if EIGHTH % 4 != 0 or N * QUARTER_PADDED < 4 * 32 * WARPS:
             y1 = tl.where((j >= EIGHTH)[None, :], y1 << 2, y1)
             y2 = tl.where((j >= EIGHTH)[None, :], y2 << 2, y2)
             amount = (j * 0).to(tl.uint8)
@@ -281,6 +284,7 @@ def _unpack_blocks(
     HAS_MEAN: tl.constexpr,
     HEAD_BYTES: tl.constexpr,
     SIDE_AT: tl.constexpr,
+    WARPS: tl.constexpr,
     ON_GPU: tl.constexpr,
 ):
     """One block of one head as 64 rows, still rotated."""
@@ -297,7 +301,7 @@ def _unpack_blocks(
     if HAS_MEAN:
         planes = record + (128 + 2 * DIM)
     a, y1, y2 = load_codes(planes, PLANES, n, QUARTER, QUARTER_PADDED, PLANES, False)
-    x = decode(a, y1, y2, PLANES, centroids, registers, QUARTER, QUARTER_PADDED, PLANES, ON_GPU).to(tl.float32)
+    x = decode(a, y1, y2, PLANES, centroids, registers, QUARTER, QUARTER_PADDED, PLANES, WARPS, ON_GPU).to(tl.float32)
     x = x * scale[:, None]
     if HAS_MEAN:
         mean = tl.load((record + 128).to(tl.pointer_type(tl.float16)) + d, mask=is_real, other=0)
@@ -333,6 +337,7 @@ def unpack_records(
         HAS_MEAN=side.mean_bytes > 0,
         HEAD_BYTES=layout.head_bytes,
         SIDE_AT=side_at,
+        WARPS=4,
         ON_GPU=not is_interpreted(),
         num_warps=4,
     )
