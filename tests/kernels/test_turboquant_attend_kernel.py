@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import pairwise
+from covering import pairwise
 from packed_tokens import Case, make_layer
 
 from turboquant.ops.attend import attend_packed, bias_terms

@@ -159,13 +159,13 @@ def test_one_side_uncompressed(on_kernels: Any, widths: tuple[int, int]) -> None
     pair.check()
 
 
-@pytest.mark.parametrize("dim", [24, 32, 72])
+@pytest.mark.parametrize("dim", [24, 72])
 def test_codes_do_not_depend_on_the_chunking(on_kernels: Any, dim: int) -> None:
     device = on_kernels(True)
     keys, values = (draw(1, HEADS, 300, dim, seed=seed, dtype=torch.bfloat16).to(device) for seed in (1, 2))
     bias = KeyBias(draw(HEADS, dim, seed=3, dtype=torch.float32), 10_000.0 ** -torch.linspace(0, 1, 8))
     held = []
-    for chunks in ([300], [1] * 20 + [100, 80, 3] + [1] * 97, [130, 170]):
+    for chunks in ([300], [1] * 10 + [110, 100, 13] + [1] * 67, [130, 170]):
         store = CompressedKV(StoreOptions(Precision(3, 3), window=16), key_bias=bias)
         start = 0
         for size in chunks:
