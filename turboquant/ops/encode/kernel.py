@@ -36,6 +36,7 @@ def _encode_blocks(
     HAS_MEAN: tl.constexpr,
     HEAD_BYTES: tl.constexpr,
     SIDE_AT: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     WHEN_DUE: tl.constexpr,
 ):
     """One block of one head. When due: the block that the newest token has pushed out of the window, if it has."""
@@ -53,69 +54,72 @@ def _encode_blocks(
     if is_due:
         entry = tl.load(table + b.to(tl.int64) * table_stride + block)
         record = anchor + tl.multiple_of(entry & -16, 16) + g.to(tl.int64) * HEAD_BYTES + SIDE_AT
-        n = tl.arange(0, 64)
         # axis 1 counts field and half, f * 2 + h: coordinates f * D / 4 + h * D / 8 + e
         fh = tl.arange(0, 8)
         e = tl.arange(0, EIGHTH_PADDED)
-        slot = first_slot + (token + n) % ring
-        source = tokens + b.to(tl.int64) * batch_stride + g.to(tl.int64) * head_stride
-        source += slot[:, None, None].to(tl.int64) * token_stride + (fh * EIGHTH)[None, :, None] + e[None, None, :]
         is_real = (e < EIGHTH)[None, None, :]
-        # a tile of 64 tokens has its mask only where an eighth of a head is no power of two
-        x = tl.load(source, mask=is_real & (n >= 0)[:, None, None] & (fh >= 0)[None, :, None], other=0)
-        if PLANES == 0:
-            at = n[:, None, None] * DIM + (fh * EIGHTH)[None, :, None] + e[None, None, :]
-            tl.store(record.to(tokens.dtype) + at, x, mask=is_real & (n >= 0)[:, None, None])
-        else:
-            x = x.to(tl.float32)
-            planes = record + 128
-            if HAS_MEAN:
-                mean = (tl.sum(x, 0) / 64).to(tl.float16)  # [8, EIGHTH_PADDED]
-                at = (fh * EIGHTH)[:, None] + e[None, :]
-                tl.store((record + 128).to(tl.pointer_type(tl.float16)) + at, mean, mask=(e < EIGHTH)[None, :])
-                x = x - mean.to(tl.float32)[None, :, :]
-                x = tl.where(is_real, x, 0.0)
-                planes = record + (128 + 2 * DIM)
-            size = tl.abs(x)
-            squares = tl.sum(tl.sum(x * x, 2), 1)  # [64]
-            length = tl.sqrt(squares)
-            is_codable = (length > 0) & (length < float("inf"))
-            factor = tl.where(is_codable, root / length, 0.0)[:, None, None]
-            u = tl.where(is_codable[:, None, None], size * factor, 0.0)
-            # levels: the least centroid, then each threshold and how far the centroid jumps there
-            magnitude = tl.zeros((64, 8, EIGHTH_PADDED), tl.int32)
-            centroid = tl.zeros((64, 8, EIGHTH_PADDED), tl.float32) + tl.load(levels)
-            for k in tl.static_range((1 << PLANES) - 1):
-                is_above = u > tl.load(levels + 1 + 2 * k)
-                magnitude += is_above.to(tl.int32)
-                centroid += tl.where(is_above, tl.load(levels + 2 + 2 * k), 0.0)
-            product = tl.sum(tl.sum(tl.where(is_real, u * centroid, 0.0), 2), 1)
-            scale = length * (root / product)
-            scale = tl.where(length == 0, 0.0, scale)
-            # a finite vector whose squares overflow must not look like a broken one, nor the reverse
-            broken = tl.sum(tl.sum((~(size < float("inf"))).to(tl.int32), 2), 1) > 0
-            beyond_all = tl.where(broken, float("nan"), float("inf"))
-            scale = tl.where(length < float("inf"), scale, beyond_all)
-            tl.store(record.to(tl.pointer_type(tl.float16)) + n, scale.to(tl.float16))
+        column = (fh * EIGHTH)[None, :, None] + e[None, None, :]
+        source = tokens + b.to(tl.int64) * batch_stride + g.to(tl.int64) * head_stride + column
+        planes = record + 128
+        mean = tl.zeros((8, EIGHTH_PADDED), tl.float32)
+        if HAS_MEAN:
+            for start in tl.static_range(0, 64, AT_ONCE):
+                slot = first_slot + (token + start + tl.arange(0, AT_ONCE)) % ring
+                x = tl.load(source + slot[:, None, None].to(tl.int64) * token_stride, mask=is_real, other=0)
+                mean += tl.sum(x.to(tl.float32), 0)
+            # rounded before it is taken out: what is added back is what was taken out
+            rounded = (mean / 64).to(tl.float16)
+            at = (fh * EIGHTH)[:, None] + e[None, :]
+            tl.store((record + 128).to(tl.pointer_type(tl.float16)) + at, rounded, mask=(e < EIGHTH)[None, :])
+            mean = rounded.to(tl.float32)
+            planes = record + (128 + 2 * DIM)
+        # tiles that the registers hold
+        for start in tl.static_range(0, 64, AT_ONCE):
+            n = start + tl.arange(0, AT_ONCE)
+            slot = first_slot + (token + n) % ring
+            x = tl.load(source + slot[:, None, None].to(tl.int64) * token_stride, mask=is_real, other=0)
+            if PLANES == 0:
+                tl.store(record.to(tokens.dtype) + n[:, None, None] * DIM + column, x, mask=is_real)
+            else:
+                x = tl.where(is_real, x.to(tl.float32) - mean[None, :, :], 0.0)
+                length = tl.sqrt(tl.sum(tl.sum(x * x, 2), 1))  # [AT_ONCE]
+                is_codable = (length > 0) & (length < float("inf"))
+                factor = tl.where(is_codable, root / length, 0.0)[:, None, None]
+                u = tl.where(is_codable[:, None, None], tl.abs(x) * factor, 0.0)
+                # levels: the least centroid, then each threshold and how far the centroid jumps there
+                magnitude = tl.zeros((AT_ONCE, 8, EIGHTH_PADDED), tl.int32)
+                centroid = tl.zeros((AT_ONCE, 8, EIGHTH_PADDED), tl.float32) + tl.load(levels)
+                for k in tl.static_range((1 << PLANES) - 1):
+                    is_above = u > tl.load(levels + 1 + 2 * k)
+                    magnitude += is_above.to(tl.int32)
+                    centroid += tl.where(is_above, tl.load(levels + 2 + 2 * k), 0.0)
+                product = tl.sum(tl.sum(tl.where(is_real, u * centroid, 0.0), 2), 1)
+                scale = length * (root / product)
+                scale = tl.where(length == 0, 0.0, scale)
+                # a finite vector whose squares overflow must not look like a broken one, nor the reverse
+                broken = tl.sum(tl.sum((~(tl.abs(x) < float("inf"))).to(tl.int32), 2), 1) > 0
+                beyond_all = tl.where(broken, float("nan"), float("inf"))
+                scale = tl.where(length < float("inf"), scale, beyond_all)
+                tl.store(record.to(tl.pointer_type(tl.float16)) + n, scale.to(tl.float16))
 
-            # x has lost the sign of what is not codable, as the reference has
-            is_negative = ((x < 0) & is_codable[:, None, None]).to(tl.int32)
-            field = (fh // 2)[None, :, None]
-            two = (is_negative << 1 | (magnitude >> (PLANES - 1))) << (2 * field)
-            two = tl.where(is_real, two, 0)
-            half = (fh % 2)[None, :, None]
-            row = n[:, None] * (2 * EIGHTH) + e[None, :]
-            mask = (e < EIGHTH)[None, :] & (n >= 0)[:, None]
-            first_half = tl.sum(tl.where(half == 0, two, 0), 1)
-            second_half = tl.sum(tl.where(half == 1, two, 0), 1)
-            tl.store(planes + row, first_half.to(tl.uint8), mask=mask)
-            tl.store(planes + row + EIGHTH, second_half.to(tl.uint8), mask=mask)
-            position = field % 2 + field // 2 * 4 + (1 - half) * 2
-            row = n[:, None] * EIGHTH + e[None, :]
-            for k in tl.static_range(PLANES - 1):
-                one = ((magnitude >> (PLANES - 2 - k)) & 1) << position
-                at = planes + 64 * 2 * EIGHTH + k * (64 * EIGHTH) + row
-                tl.store(at, tl.sum(one, 1).to(tl.uint8), mask=mask)
+                # what is not codable has codes 0, without a sign
+                is_negative = ((x < 0) & is_codable[:, None, None]).to(tl.int32)
+                field = (fh // 2)[None, :, None]
+                half = (fh % 2)[None, :, None]
+                two = (is_negative << 1 | (magnitude >> (PLANES - 1))) << (2 * field)
+                two = tl.where(is_real, two, 0)
+                mask = (e < EIGHTH)[None, :] & (n >= 0)[:, None]
+                row = n[:, None] * (2 * EIGHTH) + e[None, :]
+                first_half = tl.sum(tl.where(half == 0, two, 0), 1)
+                second_half = tl.sum(tl.where(half == 1, two, 0), 1)
+                tl.store(planes + row, first_half.to(tl.uint8), mask=mask)
+                tl.store(planes + row + EIGHTH, second_half.to(tl.uint8), mask=mask)
+                position = field % 2 + field // 2 * 4 + (1 - half) * 2
+                row = n[:, None] * EIGHTH + e[None, :]
+                for k in tl.static_range(PLANES - 1):
+                    one = ((magnitude >> (PLANES - 2 - k)) & 1) << position
+                    at = planes + 64 * 2 * EIGHTH + k * (64 * EIGHTH) + row
+                    tl.store(at, tl.sum(one, 1).to(tl.uint8), mask=mask)
 
 
 @cache
@@ -182,6 +186,7 @@ def encode_records(
         HAS_MEAN=side.mean_bytes > 0,
         HEAD_BYTES=layout.head_bytes,
         SIDE_AT=side_at,
+        AT_ONCE=64 if dim <= 128 else 32,
         WHEN_DUE=when_due is not None,
-        num_warps=8 if dim <= 128 else 32,
+        num_warps=8,
     )
