@@ -204,7 +204,7 @@ class CompressedKV:
                 )
         for row, pad in zip(self._rows, pads or [row.pad for row in self._rows], strict=True):
             row.pad = pad
-        if is_capturing():
+        if (keys.is_cuda or self._device_tokens is not None) and is_capturing():
             self._append_captured(keys, values)
             return
         if self._records_past:
@@ -280,16 +280,20 @@ class CompressedKV:
 
     def _append_one(self, on_device: DeviceTokens, keys: torch.Tensor, values: torch.Tensor) -> None:
         """One token for every row, by kernels that read what they need to know on the device."""
-        key_side, value_side = self._both()
-        tails = key_side.tail, value_side.tail
-        packed = self._packed(on_device)
-        rotate(keys, values, on_device.matrices, on_device.bias, on_device.lengths, tails, packed)
-        on_device.lengths.add_(1)
+        packed = self._put_one(on_device, keys, values)
         for b, row in enumerate(self._rows):
             row.length += 1
             blocks = (row.length - self.options.sinks - packed.window) // BLOCK_TOKENS
             if blocks > len(row.blocks):
                 self._code(b, row, blocks, row.length - self.options.sinks, None)
+
+    def _put_one(self, on_device: DeviceTokens, keys: torch.Tensor, values: torch.Tensor) -> PackedTokens:
+        """One token of every row into its slot, and counted, on the device alone; gives what the kernel was shown."""
+        packed = self._packed(on_device)
+        tails = packed.key_tail, packed.value_tail
+        rotate(keys, values, on_device.matrices, on_device.bias, on_device.lengths, tails, packed)
+        on_device.lengths.add_(1)
+        return packed
 
     def reserve(self, tokens: int) -> None:
         """Set aside blocks for that many more tokens of every row, so that a captured graph can append them.
@@ -327,10 +331,7 @@ class CompressedKV:
         on_device = self._device_tokens
         if on_device is None or keys.shape[2] != 1 or self._records_past:
             raise StateError("a graph can hold steps of one token, on a GPU that kernels serve, with no past recorded")
-        key_side, value_side = self._both()
-        tails = key_side.tail, value_side.tail
-        rotate(keys, values, on_device.matrices, on_device.bias, on_device.lengths, tails, self._packed(on_device))
-        on_device.lengths.add_(1)
+        self._put_one(on_device, keys, values)
         if not any(row.reserved for row in self._rows):
             return  # no step of the graph fills a block
         due = on_device.lengths, self.options.sinks, self.options.window

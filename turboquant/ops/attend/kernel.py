@@ -199,7 +199,7 @@ def _accumulate(acc, shrink, weights, values, SWAP: tl.constexpr, ON_GPU: tl.con
 
 
 @triton.jit
-def _start(q, ROWS: tl.constexpr, VALUE_WIDTH: tl.constexpr, SWAP: tl.constexpr):
+def _start(ROWS: tl.constexpr, VALUE_WIDTH: tl.constexpr, SWAP: tl.constexpr):
     """Top score, mass and weighted sum of no token."""
     if SWAP:
         acc = tl.zeros((VALUE_WIDTH, ROWS), tl.float32)
@@ -263,7 +263,7 @@ def _attend_blocks(
     p = tl.arange(0, 4 * VALUE_QUARTER_PADDED)
     value_coordinate = coordinate(p, VALUE_QUARTER)
     is_value = is_coordinate(p, VALUE_QUARTER)
-    top, mass, acc = _start(q, ROWS, 4 * VALUE_QUARTER_PADDED, SWAP)
+    top, mass, acc = _start(ROWS, 4 * VALUE_QUARTER_PADDED, SWAP)
     q16 = q.to(tl.float16)
     if HAS_BIAS:
         # the query turned back to the first token of the block, block after block, meets one table of 64 angles
@@ -417,7 +417,7 @@ def _attend_tail(
     p = tl.arange(0, 4 * VALUE_QUARTER_PADDED)
     value_coordinate = coordinate(p, VALUE_QUARTER)
     is_value = is_coordinate(p, VALUE_QUARTER)
-    top, mass, acc = _start(q, ROWS, 4 * VALUE_QUARTER_PADDED, SWAP)
+    top, mass, acc = _start(ROWS, 4 * VALUE_QUARTER_PADDED, SWAP)
     slot = first_slot + tl.arange(0, 64)
     ring = slots - sinks
     end = length - sinks

@@ -159,6 +159,16 @@ def _fields_by_gather(centroids, a, y1, y2, half, PLANES: tl.constexpr, f: tl.co
 
 
 @triton.jit
+def _load_bytes(at, mask, IS_PLAIN: tl.constexpr):
+    """Bytes of a tile; a plain one is read without a mask."""
+    if IS_PLAIN:
+        x = tl.load(at)
+    else:
+        x = tl.load(at, mask=mask, other=0)
+    return x
+
+
+@triton.jit
 def load_codes(
     base,
     planes_held,
@@ -176,14 +186,9 @@ def load_codes(
     """
     EIGHTH: tl.constexpr = QUARTER // 2
     j = tl.arange(0, QUARTER_PADDED)
-    # whole tiles are read without a mask
     IS_PLAIN: tl.constexpr = QUARTER == QUARTER_PADDED
     mask = (j < QUARTER)[None, :]
-    at = base + row[:, None] * QUARTER + j[None, :]
-    if IS_PLAIN:
-        a = tl.load(at)
-    else:
-        a = tl.load(at, mask=mask, other=0)
+    a = _load_bytes(base + row[:, None] * QUARTER + j[None, :], mask, IS_PLAIN)
     y1 = a
     y2 = a
     spread = row[:, None] * EIGHTH + (j % EIGHTH)[None, :]
@@ -191,20 +196,12 @@ def load_codes(
         first = 64 * QUARTER
         if IS_MIXED:
             first = tl.where(planes_held >= 2, first, 0)
-        at = base + first + spread
-        if IS_PLAIN:
-            y1 = tl.load(at)
-        else:
-            y1 = tl.load(at, mask=mask, other=0)
+        y1 = _load_bytes(base + first + spread, mask, IS_PLAIN)
     if PLANES >= 3:
         second = 64 * (QUARTER + EIGHTH)
         if IS_MIXED:
             second = tl.where(planes_held >= 3, second, 0)
-        at = base + second + spread
-        if IS_PLAIN:
-            y2 = tl.load(at)
-        else:
-            y2 = tl.load(at, mask=mask, other=0)
+        y2 = _load_bytes(base + second + spread, mask, IS_PLAIN)
     return a, y1, y2
 
 
