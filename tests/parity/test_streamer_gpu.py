@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from streamer import StreamingEngine
 from streamer.benchmark import unmapped_host_bytes
+from streamer.engine import plan_report
 from streamer.errors import CheckpointError
 from streamer.plan import PROCESS_BYTES, SMALLEST_SLOT_BYTES
 from streamer.rates import disk_bytes_read
@@ -126,6 +127,21 @@ def test_peak_memory_stays_below_the_prediction(random_checkpoint: Callable[...,
             )
         assert torch.cuda.max_memory_allocated() - base <= predicted
         assert torch.cuda.memory_allocated() - base < 1 << 20
+
+
+@pytest.mark.parametrize("bits", [16, 3])
+def test_the_predicted_memory_is_enough(bits: int, random_checkpoint: Callable[..., Path]) -> None:
+    """Under a hard cap at the prediction, with a prompt in chunks: nothing is lost between blocks of the allocator."""
+    folder = random_checkpoint(
+        "llama", hidden_size=2048, intermediate_size=8192, num_hidden_layers=4, max_position_embeddings=16384
+    )
+    options: dict[str, Any] = {"bits": bits, "resident": 0, "context": 12000 + NEW_TOKENS, "prefill_chunk": 4096}
+    peak = plan_report(folder, vram="40GiB", **options).device_peak
+    assert peak is not None
+    predicted = peak.predicted_bytes
+    with StreamingEngine(folder, device="cuda", vram=predicted, **options) as engine:
+        for length in (12000, 5000, 12000):
+            engine.generate_ids(prompt(length)[0].tolist(), max_new_tokens=NEW_TOKENS, temperature=0)
 
 
 def test_two_hundred_generations_take_no_more_memory(random_checkpoint: Callable[..., Path]) -> None:
@@ -266,7 +282,8 @@ def test_the_process_stays_within_both_budgets(random_checkpoint: Callable[..., 
     program = tmp_path / "program.py"
     program.write_text(
         """
-import json, sys, threading, time
+import faulthandler, json, sys, threading, time
+faulthandler.dump_traceback_later(100, exit=True)
 import torch
 from streamer import StreamingEngine
 from streamer.benchmark import unmapped_host_bytes
@@ -280,7 +297,7 @@ base = torch.cuda.device_memory_used(0)
 def watch():
     while not stop.wait(0.02):
         peaks[0] = max(peaks[0], torch.cuda.device_memory_used(0) - base)
-thread = threading.Thread(target=watch); thread.start()
+thread = threading.Thread(target=watch, daemon=True); thread.start()
 with HostPeak() as host, StreamingEngine(sys.argv[1], bits=3, vram=vram, ram=ram, context=2048) as engine:
     ids = torch.randint(1, 120, (2000,)).tolist()
     for _ in range(3):
