@@ -739,8 +739,10 @@ def attend_packed(
     )
     tiles = -(-rows // launch.rows)
     wanted = launch.programs * multiprocessors(device)
-    splits = min(-(-wanted // (batch * groups * tiles)), -(-most_blocks // _LEAST_BLOCKS))
-    parts = splits + -(-slots // BLOCK_TOKENS)
+    # all programs run at once: one too many would wait for the others and double the time
+    tails = -(-slots // BLOCK_TOKENS)
+    splits = min(max(wanted // (batch * groups * tiles) - tails, 1), -(-most_blocks // _LEAST_BLOCKS))
+    parts = splits + tails
     top = torch.empty(batch * groups, parts, rows, dtype=torch.float32, device=device)
     mass = torch.empty_like(top)
     acc = torch.empty(batch * groups, parts, rows, value_dim, dtype=torch.float32, device=device)
