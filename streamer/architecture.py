@@ -231,27 +231,27 @@ class Architecture:
         Without a checkpoint, biases of ones stand in: the right sizes, and no tensor is read.
         """
         rotary = rotary_of(self.model)
+        names = {module: name for name, module in self.model.named_modules()}
+        parameters = (*self.resident, *(p for layer in self.layers for unit in layer for p in unit.parameters))
+        biases = [p for p in parameters if p.name.endswith("bias")]
+        attentions = [attention_of(layer) for layer in self.layer_modules]
+        wanted: list[dict[str, Parameter]] = []  # of each layer, by their name in the attention module
+        for attention in attentions:
+            prefix = names[attention] + "." if attention is not None else "."
+            wanted.append({p.name[len(prefix) :]: p for p in biases if p.name.startswith(prefix)})
+        if checkpoint is not None:
+            checkpoint.will_need(source for own in wanted for p in own.values() for source in p.sources)
         found: list[KeyBias | None] = []
-        for i, layer in enumerate(self.layer_modules):
-            attention, bias = attention_of(layer), None
-            wanted = self.key_bias_parameters(i) if attention is not None else {}
-            if attention is not None and wanted:
+        for i, (attention, own) in enumerate(zip(attentions, wanted, strict=True)):
+            bias = None
+            if attention is not None and own:
                 values = {
                     name: torch.ones(p.shape) if checkpoint is None else read_parameter(p, checkpoint, self.model)
-                    for name, p in wanted.items()
+                    for name, p in own.items()
                 }
                 bias = key_bias_of(attention, rotary, self.decoder_config, i, values)
             found.append(bias)
         return found
-
-    def key_bias_parameters(self, layer: int) -> dict[str, Parameter]:
-        """Parameters of layer's attention whose name ends with "bias", by their name in the attention module."""
-        attention = attention_of(self.layer_modules[layer])
-        if attention is None:
-            return {}
-        prefix = next(name for name, module in self.model.named_modules() if module is attention) + "."
-        known = [*self.resident, *(p for unit in self.layers[layer] for p in unit.parameters)]
-        return {p.name[len(prefix) :]: p for p in known if p.name.startswith(prefix) and p.name.endswith("bias")}
 
 
 def read_architecture(folder: Path, checkpoint: Checkpoint, *, dtype: str = "auto") -> Architecture:

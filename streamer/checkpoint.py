@@ -6,6 +6,7 @@ from the end of the header. Opening a checkpoint reads headers only, and believe
 """
 
 import bisect
+import contextlib
 import ctypes
 import difflib
 import itertools
@@ -240,6 +241,20 @@ class Checkpoint:
             else:
                 merged.append(Span(entry.shard, entry.offset, end))
         return merged
+
+    def will_need(self, names: Iterable[str]) -> None:
+        """Ask the system to read some tensors into its page cache, all at once instead of one after another.
+
+        For small ones, of which each would wait for the disk by itself. Does nothing where the system takes no advice.
+
+        Raises:
+            MissingTensorError: no such tensor.
+        Source: own; posix_fadvise(2).
+        """
+        for span in self.spans(names):
+            if hasattr(os, "posix_fadvise"):
+                with contextlib.suppress(OSError):  # only advice
+                    os.posix_fadvise(self._file(span.shard), span.start, span.nbytes, os.POSIX_FADV_WILLNEED)
 
     def read_part(
         self, name: str, start: int, stop: int, buffer: torch.Tensor, *, direct: bool = False

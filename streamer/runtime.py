@@ -169,7 +169,8 @@ def _let_segments_grow() -> None:
     read before an engine exists.
     """
     is_set = any(name in os.environ for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"))
-    change = getattr(torch.cuda.memory, "_set_allocator_settings", None)
+    old = getattr(torch.cuda.memory, "_set_allocator_settings", None)
+    change = getattr(torch._C, "_accelerator_setAllocatorSettings", old)  # which torch 2.10 brought
     if sys.platform == "linux" and change is not None and not is_set:
         change("expandable_segments:True")
 
@@ -191,6 +192,7 @@ def _assembled(
     device: torch.device,
     stats: RunStats,
 ) -> PreTrainedModel:
+    checkpoint.will_need(source for p in architecture.resident for source in p.sources)
     resident = {p.name: read_parameter(p, checkpoint, architecture.model).to(device) for p in architecture.resident}
     settings = RunSettings(plan.prefill_chunk, architecture.uses_own_attention)
     return assemble(architecture, plan.units, weights, resident, table, device, settings, stats)

@@ -213,6 +213,30 @@ class CompressedKV:
         for start in range(0, keys.shape[2], piece):
             self._append_columns(keys[:, :, start : start + piece], values[:, :, start : start + piece])
 
+    def set_aside(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Allocate the blocks of the stated capacity now: in one place for all layers, before a prompt's activations.
+
+        Args:
+            keys: [B, G, T, Dk], values: [B, G, T, Dv], like those to come; T may be 0. A store that holds tokens, and
+                blocks that were set aside for such keys and values, stay as they are.
+        Raises:
+            ShapeError: the store cannot code vectors of that width.
+        """
+        if self._sides is not None:
+            return
+        bits = self.options.precision
+        layout = BlockLayout(
+            keys.shape[1],
+            side_layout(bits.key_bits, keys, self.options.block_means),
+            side_layout(bits.value_bits, values, False),
+        )
+        records = keys.shape[0] * blocks_for(self.options.capacity_tokens or 0, self.options)
+        pool = self._pool
+        if pool is None or (pool.layout, pool.device, len(pool)) != (layout, keys.device, records):
+            self._pool = RecordPool(layout, keys.device)
+            if records:
+                self._pool.grow(records)
+
     def accepts_padding(self, pads: Sequence[int] | None) -> bool:
         """Whether the first `pads[b]` columns of each row b can be padding: no token may be stored for them."""
         if pads is None or not self._rows:
@@ -228,31 +252,23 @@ class CompressedKV:
 
     def _start(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         options, slots = self.options, self.options.sinks + self._ring_tokens
-        bits = options.precision
-        layouts = (
-            side_layout(bits.key_bits, keys, options.block_means),
-            side_layout(bits.value_bits, values, False),
-        )
+        self.set_aside(keys, values)
         rotations = (
             make_rotation(options.rotation, keys.shape[-1], 2 * options.seed),
             make_rotation(options.rotation, values.shape[-1], 2 * options.seed + 1),
         )
+        layout = self._records().layout
         self._sides = (
-            Side(layouts[0], rotations[0], slots, keys),
-            Side(layouts[1], rotations[1], slots, values),
+            Side(layout.key, rotations[0], slots, keys),
+            Side(layout.value, rotations[1], slots, values),
         )
-        self._pool = RecordPool(BlockLayout(keys.shape[1], *layouts), keys.device)
         self._rows = [_Row() for _ in range(keys.shape[0])]
         if self.key_bias is not None:
             self.key_bias = self.key_bias.to(keys.device)
         if kernels_serve(keys.device, keys.shape[-1], values.shape[-1]):
             self._device_tokens = DeviceTokens(len(self._rows), rotations, self.key_bias, keys.device)
-        if options.capacity_tokens is not None:
-            blocks = blocks_for(options.capacity_tokens, options)
-            if blocks:
-                self._pool.grow(len(self._rows) * blocks)
-            if self._device_tokens is not None:
-                self._device_tokens.make_room(blocks)
+        if options.capacity_tokens is not None and self._device_tokens is not None:
+            self._device_tokens.make_room(blocks_for(options.capacity_tokens, options))
 
     def _append_columns(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         first, tokens = self._columns, keys.shape[2]

@@ -194,6 +194,21 @@ def test_a_single_file_goes_before_the_index(tmp_path: Path) -> None:
 # Spans
 
 
+def test_small_tensors_are_asked_for_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int, int]] = []
+
+    def advise(file: int, start: int, size: int, advice: int) -> None:
+        asked.append((start, size, advice))
+        raise OSError("no advice wanted")
+
+    write_two_shards(tmp_path)
+    with Checkpoint.open(tmp_path) as checkpoint:
+        monkeypatch.setattr(os, "posix_fadvise", advise)
+        checkpoint.will_need(["x", "z"])
+        wanted = [(span.start, span.nbytes, os.POSIX_FADV_WILLNEED) for span in checkpoint.spans(["x", "z"])]
+    assert asked == wanted
+
+
 def test_spans_merge_what_touches(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(
         file_bytes({name: entry(2 * i, 2 * i + 2) for i, name in enumerate("abcde")}, bytes(10))
@@ -211,7 +226,7 @@ def test_spans_merge_what_touches(tmp_path: Path) -> None:
         assert checkpoint.spans([]) == []
 
 
-@pytest.mark.parametrize("ask", [lambda c: c.tensor("xx"), lambda c: c.spans(["xx"]), lambda c: c.entry("xx")])
+@pytest.mark.parametrize("ask", [lambda c: c.tensor("xx"), lambda c: c.spans(["xx"]), lambda c: c.will_need(["xx"])])
 def test_an_unknown_tensor_names_the_nearest(tmp_path: Path, ask: Callable[[Checkpoint], object]) -> None:
     write_two_shards(tmp_path)
     with Checkpoint.open(tmp_path) as checkpoint:

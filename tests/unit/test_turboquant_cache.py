@@ -158,6 +158,38 @@ def test_report_shows_what_is_held() -> None:
     assert cache.nbytes == 0
 
 
+def test_a_stated_capacity_is_allocated_with_the_first_tokens_of_the_first_layer() -> None:
+    cache = TurboQuantCache(config(), 3, protected_layers=[-1], capacity_tokens=500)
+    keys, values = draw(1, HEADS, 10, DIM), draw(1, HEADS, 10, DIM, seed=1)
+    cache.update(keys, values, 0)
+    _, coded, dense = cache.layers
+    assert isinstance(coded, CompressedLayer)
+    assert isinstance(dense, DenseLayer)
+    (slab,) = coded.store.tensors
+    assert slab.nbytes == sum(coded.store.bytes_by_part().values())
+    buffers = dense.keys, dense.values
+    assert [row.tokens for row in cache.report()] == [10, 0, 0]
+    for _ in range(3):
+        cache.update(keys, values, 1)
+        cache.update(keys, values, 2)
+    assert any(own.data_ptr() == slab.data_ptr() for own in coded.store.tensors)
+    assert (dense.keys.data_ptr(), dense.values.data_ptr()) == tuple(own.data_ptr() for own in buffers)
+    assert coded.store.lengths == (30,)
+
+
+def test_layers_unlike_the_first_get_buffers_of_their_own() -> None:
+    """What was set aside by the config's shapes is given back where other keys come."""
+    cache = TurboQuantCache(config(), 3, protected_layers=[-1], capacity_tokens=500)
+    cache.update(draw(1, HEADS, 10, DIM), draw(1, HEADS, 10, DIM), 0)
+    keys, values = draw(2, 3, 10, 32), draw(2, 3, 10, 8, seed=1)
+    cache.update(keys, values, 1)
+    cache.update(keys, values, 2)
+    coded = cache.layers[1].store  # type: ignore[union-attr]
+    assert coded.nbytes == store_bytes(500, 2, 3, 32, 8, coded.options, torch.float32)
+    assert torch.equal(cache.layers[2].keys[:, :, :10], keys)  # type: ignore[union-attr]
+    assert cache.layers[2].keys.shape == (2, 3, 500, 32)  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("capacity", [None, 5, 700])
 def test_dense_layers_hold_what_they_are_given(capacity: int | None) -> None:
     cache = TurboQuantCache(config(), 16, capacity_tokens=capacity)

@@ -295,7 +295,8 @@ class DenseLayer(CacheLayerMixin):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Write keys and values [B, G, T, D]; returns views of all tokens held, valid until the next update."""
-        if not self.is_initialized:
+        if not self.is_initialized or (not self._length and not self._serves(key_states, value_states)):
+            self.keys = self.values = None
             self.lazy_initialization(key_states, value_states)
         stop = self._length + key_states.shape[-2]
         if stop > self._buffers()[0].shape[-2]:
@@ -305,6 +306,13 @@ class DenseLayer(CacheLayerMixin):
         values[:, :, self._length : stop] = value_states
         self._length = stop
         return keys[:, :, :stop], values[:, :, :stop]
+
+    def _serves(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """Whether buffers that were allocated before the first tokens came are the right ones."""
+        return all(
+            (own.shape[:2], own.shape[3], own.dtype, own.device) == (new.shape[:2], new.shape[3], new.dtype, new.device)
+            for own, new in zip(self._buffers(), (keys, values), strict=True)
+        )
 
     def _buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self.keys is None or self.values is None:
@@ -434,6 +442,7 @@ class TurboQuantCache(Cache):
                 )
                 layers.append(CompressedLayer(CompressedKV(options, key_bias=bias), self.config))
         super().__init__(layers=layers)
+        self._capacity_tokens = capacity_tokens
         self._has_named_attention = False
 
     def update(
@@ -450,7 +459,28 @@ class TurboQuantCache(Cache):
                 attention,
                 ATTENTION_NAME,
             )
+        layer = self.layers[layer_idx]
+        if isinstance(layer, (CompressedLayer, DenseLayer)) and not layer.is_initialized:
+            self._allocate(key_states)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _allocate(self, like: torch.Tensor) -> None:
+        """The buffers of all layers for the stated capacity, where the config tells their shapes.
+
+        Together and first: between the activations of a prompt they would leave holes that nothing fits.
+        """
+        if self._capacity_tokens is None:
+            return
+        for i, layer in enumerate(self.layers):
+            if not isinstance(layer, (CompressedLayer, DenseLayer)) or layer.is_initialized:
+                continue
+            shape = layer_shape(self.config, i)
+            keys = like.new_empty(like.shape[0], shape.num_kv_heads, 0, shape.key_dim)
+            values = like.new_empty(like.shape[0], shape.num_kv_heads, 0, shape.value_dim)
+            if isinstance(layer, CompressedLayer):
+                layer.store.set_aside(keys, values)
+            else:
+                layer.lazy_initialization(keys, values)
 
     def announce_padding(self, attention_mask: torch.Tensor) -> None:
         """Tell an empty cache which columns of its first tokens are padding, where the attention cannot.
