@@ -512,6 +512,8 @@ def _activation_bytes(architecture: Architecture, request: Request, chunk: int) 
     inner = _inner_width(architecture)
     in_norm = tokens * hidden * (2 * item + 8)
     in_attention = tokens * (2 * hidden + 5 * q_width + 3 * kv_width) * item
+    if architecture.dtype.itemsize == 4 and request.vram_bytes is not None and q_width > kv_width // 2:
+        in_attention += 2 * batch * prompt * q_width * item  # keys and values for every query head, see hf/dense.py
     in_mlp = tokens * (2 * hidden + 4 * inner) * item
     of_prompt = 2 * batch * prompt * hidden * item + prompt * 6 * max(shape.key_dim for shape in shapes) * item
     # a layer's exact keys and values: a buffer for all chunks of the prompt, beside those of the chunk

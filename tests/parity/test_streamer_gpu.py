@@ -113,6 +113,7 @@ def test_peak_memory_stays_below_the_prediction(random_checkpoint: Callable[...,
     folder = random_checkpoint(
         "llama", hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, max_position_embeddings=4096
     )
+    torch.ones(2, 2, device="cuda") @ torch.ones(2, 2, device="cuda")  # cuBLAS keeps a workspace from here on
     for bits, length in ((16, 2000), (3, 2000)):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -129,13 +130,16 @@ def test_peak_memory_stays_below_the_prediction(random_checkpoint: Callable[...,
         assert torch.cuda.memory_allocated() - base < 1 << 20
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("bits", [16, 3])
-def test_the_predicted_memory_is_enough(bits: int, random_checkpoint: Callable[..., Path]) -> None:
+def test_the_predicted_memory_is_enough(bits: int, dtype: str, random_checkpoint: Callable[..., Path]) -> None:
     """Under a hard cap at the prediction, with a prompt in chunks: nothing is lost between blocks of the allocator."""
     folder = random_checkpoint(
         "llama", hidden_size=2048, intermediate_size=8192, num_hidden_layers=4, max_position_embeddings=16384
     )
-    options: dict[str, Any] = {"bits": bits, "resident": 0, "context": 12000 + NEW_TOKENS, "prefill_chunk": 4096}
+    options: dict[str, Any] = {
+        "bits": bits, "dtype": dtype, "resident": 0, "context": 12000 + NEW_TOKENS, "prefill_chunk": 4096
+    }  # fmt: skip
     peak = plan_report(folder, vram="40GiB", **options).device_peak
     assert peak is not None
     predicted = peak.predicted_bytes
@@ -342,9 +346,10 @@ def test_what_is_kept_is_not_read_again(random_checkpoint: Callable[..., Path]) 
     assert 9 * staged <= read <= 11.5 * staged
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("groups", [1, 7])
 @pytest.mark.parametrize(("tokens", "length"), [(1, 1), (1, 1000), (300, 300), (100, 1000)])
-def test_dense_attention_in_bfloat16_against_float64(tokens: int, length: int, groups: int) -> None:
+def test_dense_attention_against_float64(tokens: int, length: int, groups: int, dtype: torch.dtype) -> None:
     """Keys and values are views of a longer buffer, as a 16-bit layer keeps them."""
     from turboquant.hf.dense import dense_attention
 
@@ -352,7 +357,7 @@ def test_dense_attention_in_bfloat16_against_float64(tokens: int, length: int, g
     kv_heads, dim = 4, 128
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device="cuda").bfloat16()
+        return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
 
     q = random(1, kv_heads * groups, tokens, dim)
     keys, values = (random(1, kv_heads, length + 77, dim)[:, :, :length] for _ in range(2))
@@ -365,7 +370,8 @@ def test_dense_attention_in_bfloat16_against_float64(tokens: int, length: int, g
     future = torch.ones(tokens, length, dtype=torch.bool, device="cuda").triu(length - tokens + 1)
     wanted = scores.masked_fill(future, float("-inf")).softmax(-1) @ wide_values
     error = (got.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
-    assert error.max() < 1e-2  # bf16 keeps 8 bits of p and of the result: 2 ** -8 each, and their sums
+    # bf16 keeps 8 bits of p and of the result: 2 ** -8 each, and their sums; float32 may be multiplied as tf32
+    assert error.max() < (1e-2 if dtype == torch.bfloat16 else 2e-3)
 
 
 def test_a_refused_registration_leaves_the_device_usable() -> None:

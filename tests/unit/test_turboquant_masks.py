@@ -16,7 +16,7 @@ from transformers.masking_utils import (
 
 from turboquant import UnsupportedModelError
 from turboquant.hf import ATTENTION_NAME, CausalMask, register_attention, turboquant_mask
-from turboquant.hf.dense import _full_mask, dense_attention
+from turboquant.hf.dense import _causal, _full_mask, dense_attention
 
 register_attention()
 
@@ -195,3 +195,18 @@ def test_a_mask_of_another_form_is_refused() -> None:
     q = torch.zeros(1, 1, 4, 8)
     with pytest.raises(UnsupportedModelError, match=r"shape \[1, 4\] for 4 keys"):
         dense_attention(nn.Module(), q, q, q, torch.ones(1, 4, dtype=torch.bool), scale=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("tokens", "length"), [(9, 9), (4, 9), (1, 9)])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_the_causal_form_of_gpus_answers_like_the_mask(
+    tokens: int, length: int, groups: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 2 * groups, tokens, 8, generator=generator, dtype=dtype)
+    keys, values = torch.randn(2, 2, 2, length, 8, generator=generator, dtype=dtype)
+    visible = torch.arange(length) <= torch.arange(length - tokens, length)[:, None]
+    scores = (q @ keys.repeat_interleave(groups, 1).transpose(-1, -2) * 0.5).masked_fill(~visible, -torch.inf)
+    want = torch.softmax(scores, -1) @ values.repeat_interleave(groups, 1)
+    torch.testing.assert_close(_causal(q, keys, values, 0.5), want)

@@ -50,23 +50,32 @@ def dense_attention(
     """
     tokens, length = q.shape[2], keys.shape[2]
     plain = softcap is None and sink_logits is None
-    if plain and mask is None and 1 < tokens < length and q.is_cuda:
-        # FlashAttention's bottom-right causal form; a [T, S] mask would push SDPA to a slower kernel
+    # transformers' function takes the rest; in float32 it ends in a kernel that makes all [H, T, S] scores
+    if plain and mask is None and q.is_cuda and tokens > 1 and (tokens < length or q.dtype == torch.float32):
         with _without_cudnn(q):
-            return nn.functional.scaled_dot_product_attention(
-                q,
-                keys,
-                values,
-                attn_mask=causal_lower_right(tokens, length),
-                scale=scale,
-                enable_gqa=keys.shape[1] != q.shape[1],
-            )
+            return _causal(q, keys, values, scale)
     full = _full_mask(mask, tokens, length, q.device)
     if plain:
         with _without_cudnn(q):
             out, _ = sdpa_attention_forward(module, q, keys, values, full, scaling=scale, is_causal=full is None)
         return out.transpose(1, 2)
     return _attend_in_float32(q, keys, values, full, scale, softcap, sink_logits)
+
+
+def _causal(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
+    """Bottom-right causal attention without a [T, S] mask, which would push SDPA to a slower kernel."""
+    if q.dtype == torch.float32:
+        # FlashAttention does not serve it, and the memory-efficient kernel takes no groups of heads
+        groups = q.shape[1] // keys.shape[1]
+        keys, values = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (keys, values))
+    return nn.functional.scaled_dot_product_attention(
+        q,
+        keys,
+        values,
+        attn_mask=causal_lower_right(q.shape[2], keys.shape[2]),
+        scale=scale,
+        enable_gqa=keys.shape[1] != q.shape[1],
+    )
 
 
 def _full_mask(mask: torch.Tensor | None, tokens: int, length: int, device: torch.device) -> torch.Tensor | None:
