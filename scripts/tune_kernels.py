@@ -28,24 +28,18 @@ from turboquant.ops.devices import capability
 
 # (most query rows, widest head): a shape that stands for the class.
 CLASSES: dict[tuple[int, int], Shape] = {
-    (8, 128): Shape(heads=40, kv_heads=8, dim=128),
-    (8, 256): Shape(heads=32, kv_heads=4, dim=256),
-    (16, 128): Shape(heads=64, kv_heads=4, dim=128),
-    (16, 256): Shape(heads=64, kv_heads=4, dim=256),
+    (16, 128): Shape(heads=40, kv_heads=8, dim=128),
+    (16, 256): Shape(heads=32, kv_heads=4, dim=256),
 }
 LENGTHS = (4096, 8192, 32768, 131072)
 
 
-def candidates(rows: int, *, has_wgmma: bool) -> Iterator[Launch]:
-    """Launches worth trying for a number of query rows."""
-    for swap, warps, stages in itertools.product((False, True), (2, 4, 8), (1, 2, 3, 4)):
-        if not swap and rows < 16:
-            yield from (Launch(16, swap, warps, stages, programs) for programs in (2, 4))
-        elif swap and has_wgmma:
-            for tall in {rows, 16}:
-                yield from (Launch(tall, swap, warps, stages, programs) for programs in (1, 2, 3, 4, 6))
-        else:
-            yield from (Launch(rows, swap, warps, stages, programs) for programs in (2, 3, 4))
+def candidates() -> Iterator[Launch]:
+    """Launches worth trying for up to 16 query rows."""
+    for swap, warps, stages in itertools.product((False, True), (2, 4, 8), (2, 3, 4)):
+        # swapped tiles of 8 warps gave wrong answers with a key bias (Triton 3.6, H100)
+        if not (swap and warps == 8):
+            yield from (Launch(16, swap, warps, stages, programs) for programs in (2, 3, 4, 5, 6))
 
 
 def compiled(job: tuple[Shape, Launch]) -> bool:
@@ -102,7 +96,7 @@ def main() -> None:
     best: dict[tuple[int, int], Launch] = {}
     report = []
     for (rows, width), shape in itertools.islice(CLASSES.items(), options.classes):
-        launches = list(candidates(rows, has_wgmma=capability(device) == 90))
+        launches = list(candidates())
         # the number of programs is not compiled in
         kinds = {(launch.rows, launch.swap, launch.warps, launch.stages): launch for launch in launches}
         jobs = [

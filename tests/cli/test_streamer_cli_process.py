@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,15 @@ import pytest
 from streamer.cli.run import _read_prompt
 
 COMMAND = (sys.executable, "-m", "streamer")
+
+
+@pytest.fixture(autouse=True)
+def children_can_be_interrupted() -> Iterator[None]:
+    """A shell starts what runs in the background with SIGINT ignored, and children inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
 
 HELP_SCRIPT = """
 import sys

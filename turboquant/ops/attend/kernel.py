@@ -1,9 +1,12 @@
 """attend over packed blocks on the GPU: queries rotated, splits of the tokens in parallel, their results merged.
 
-Three launches. `_prepare` rotates the queries and folds the key bias into them; `_attend_split` reads the planes in
-place, every program a share of the blocks of one KV head (one more program the sinks and the recent window);
-`_merge` joins the shares by log-sum-exp and turns the result back. What changes from step to step (lengths, blocks,
-their addresses) is read from device memory, so that a captured graph can be replayed.
+Three launches. `prepare_rows` rotates the queries and folds the key bias into them; `_attend_split` reads the planes
+in place, every program a share of the blocks of one KV head (some more programs the sinks and the recent window);
+`merge_rows` joins the shares by log-sum-exp and turns the result back. What changes from step to step (lengths,
+blocks, their addresses) is read from device memory, so that a captured graph can be replayed.
+
+A head is multiplied quarter by quarter, as a byte of plane 0 holds one coordinate of each quarter: what a thread
+decodes goes to shared memory in short rows, whose stores and loads meet no bank twice.
 """
 
 from dataclasses import dataclass
@@ -14,8 +17,9 @@ import triton.language as tl
 
 from turboquant.layout import BLOCK_TOKENS, PackedTokens
 from turboquant.ops.attend.bias import BiasTerms
+from turboquant.ops.attend.rows import merge_rows, prepare_rows
 from turboquant.ops.devices import capability, is_interpreted, multiprocessors
-from turboquant.ops.unpack.kernel import coordinate, decode, is_coordinate, load_codes, tables
+from turboquant.ops.unpack.kernel import decode_fields, load_codes, tables
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Launch:
     """How `_attend_split` is compiled and spread.
 
     Attributes:
-        rows: query rows of a program. swap: tokens are the rows of the tensor cores' products.
+        rows: query rows of a program, at least 16. swap: tokens are the rows of the products that give scores.
         warps, stages: of a program. programs: wanted for each multiprocessor.
     """
 
@@ -34,19 +38,16 @@ class Launch:
     programs: int
 
 
+# Swapped tiles of 8 warps gave wrong answers with a key bias (Triton 3.6, H100).
 # By capability (0 = any other), query rows up to, and widest head up to; written by scripts/tune_kernels.py.
 _LAUNCHES: dict[int, list[tuple[int, int, Launch]]] = {
     90: [
-        (8, 128, Launch(rows=8, swap=True, warps=4, stages=3, programs=3)),
-        (8, 256, Launch(rows=8, swap=True, warps=8, stages=2, programs=2)),
-        (16, 128, Launch(rows=16, swap=True, warps=4, stages=2, programs=2)),
-        (16, 256, Launch(rows=8, swap=True, warps=8, stages=2, programs=2)),
-        (1 << 30, 128, Launch(rows=32, swap=True, warps=8, stages=2, programs=2)),
-        (1 << 30, 256, Launch(rows=16, swap=True, warps=8, stages=2, programs=2)),
+        (1 << 30, 128, Launch(rows=16, swap=True, warps=4, stages=3, programs=3)),
+        (1 << 30, 256, Launch(rows=16, swap=True, warps=4, stages=2, programs=2)),
     ],
     0: [
-        (1 << 30, 128, Launch(rows=16, swap=False, warps=8, stages=2, programs=2)),
-        (1 << 30, 256, Launch(rows=16, swap=False, warps=8, stages=2, programs=2)),
+        (1 << 30, 128, Launch(rows=16, swap=True, warps=4, stages=2, programs=2)),
+        (1 << 30, 256, Launch(rows=16, swap=True, warps=4, stages=2, programs=2)),
     ],
 }
 
@@ -74,75 +75,6 @@ def turned(position, frequency):
     return turned_cos, turned_sin
 
 
-@triton.jit(do_not_specialize=["groups", "heads_per_group", "tokens"])
-def _prepare(
-    q,
-    q_batch_stride,
-    q_head_stride,
-    q_token_stride,
-    matrix,
-    bias,
-    out_q,
-    out_factor,
-    out_coefficients,
-    groups,
-    heads_per_group,
-    tokens,
-    DIM: tl.constexpr,
-    DIM_PADDED: tl.constexpr,
-    QUARTER: tl.constexpr,
-    QUARTER_PADDED: tl.constexpr,
-    PAIRS: tl.constexpr,
-    PAIRS_PADDED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """One query row: rotated to length 1, in the order of decoded tiles; its length; its share of the key bias."""
-    row = tl.program_id(0)
-    bg = tl.program_id(1)
-    b = bg // groups
-    g = bg % groups
-    rows = heads_per_group * tokens
-    at = (bg * rows + row).to(tl.int64)
-    head = g * heads_per_group + row // tokens
-    source = q + b.to(tl.int64) * q_batch_stride + head.to(tl.int64) * q_head_stride
-    source += (row % tokens).to(tl.int64) * q_token_stride
-    d = tl.arange(0, DIM_PADDED)
-    x = tl.load(source + d, mask=d < DIM, other=0).to(tl.float32)
-    length = tl.sqrt(tl.sum(x * x, 0))
-    inverse = tl.where(length > 0, 1 / length, 0.0)
-    inverse = tl.where(length != length, length, inverse)  # NaN stays
-    width: tl.constexpr = 4 * QUARTER_PADDED
-    for start in tl.static_range(0, width, CHUNK):
-        p = start + tl.arange(0, CHUNK)
-        c = coordinate(p, QUARTER)
-        is_real = is_coordinate(p, QUARTER)
-        part = tl.load(matrix + c[:, None] * DIM + d[None, :], mask=is_real[:, None] & (d < DIM)[None, :], other=0)
-        tl.store(out_q + at * width + p, tl.sum(part * x[None, :], 1) * inverse)
-    constant = 0.0
-    bias_length = 0.0
-    if PAIRS >= 0:
-        own = bias + g.to(tl.int64) * DIM
-        all_of_it = tl.load(own + d, mask=d < DIM, other=0)
-        bias_length = tl.sqrt(tl.sum(all_of_it * all_of_it, 0))
-        shrink = inverse * tl.where(bias_length > 0, 1 / bias_length, 0.0)
-        i = tl.arange(0, PAIRS_PADDED)
-        first = 2 * i if INTERLEAVED else i
-        second = 2 * i + 1 if INTERLEAVED else i + PAIRS
-        q1 = tl.load(source + first, mask=i < PAIRS, other=0).to(tl.float32)
-        q2 = tl.load(source + second, mask=i < PAIRS, other=0).to(tl.float32)
-        b1 = tl.load(own + first, mask=i < PAIRS, other=0)
-        b2 = tl.load(own + second, mask=i < PAIRS, other=0)
-        to = out_coefficients + at * (2 * PAIRS_PADDED) + i
-        tl.store(to, (q1 * b1 + q2 * b2) * shrink)
-        tl.store(to + PAIRS_PADDED, (q2 * b1 - q1 * b2) * shrink)
-        still = d >= 2 * PAIRS  # coordinates that the rotary embedding leaves alone
-        constant = tl.sum(tl.where(still, x * all_of_it, 0.0), 0)
-    tl.store(out_factor + at * 4, length)
-    tl.store(out_factor + at * 4 + 1, bias_length * length)
-    tl.store(out_factor + at * 4 + 2, constant)
-
-
 @triton.jit
 def _high_and_low(x, dtype: tl.constexpr):
     """x as a sum of two numbers of a shorter dtype: twice its digits."""
@@ -160,52 +92,113 @@ def _dot(a, b, acc, ON_GPU: tl.constexpr):
 
 
 @triton.jit
-def _scores(q, keys, SWAP: tl.constexpr, ON_GPU: tl.constexpr):
-    """q [R, D] . keys [N, D] -> [R, N] float32; swapped, the tokens are the rows of the tensor cores' product."""
+def _rotated(q, at, is_row, QUARTER_PADDED: tl.constexpr, f: tl.constexpr):
+    """Quarter f of the rotated queries [R, QUARTER_PADDED] float32."""
+    j = f * QUARTER_PADDED + tl.arange(0, QUARTER_PADDED)
+    return tl.load(q + at[:, None] * (4 * QUARTER_PADDED) + j[None, :], mask=is_row[:, None], other=0)
+
+
+@triton.jit
+def _plain(base, row_stride, n, is_held, QUARTER: tl.constexpr, QUARTER_PADDED: tl.constexpr, f: tl.constexpr):
+    """Quarter f of 64 vectors of the model's dtype, [64, QUARTER_PADDED]."""
+    j = tl.arange(0, QUARTER_PADDED)
+    at = base + n[:, None] * row_stride + (f * QUARTER + j)[None, :]
+    return tl.load(at, mask=is_held[:, None] & (j < QUARTER)[None, :], other=0)
+
+
+@triton.jit
+def _add_scores(s, q, keys, SWAP: tl.constexpr, ON_GPU: tl.constexpr):
+    """s + q [R, D] . keys [N, D] -> [R, N] float32; swapped, s is [N, R]: tokens are the product's rows."""
     if SWAP:
-        s = tl.trans(_dot(keys, tl.trans(q), tl.zeros((keys.shape[0], q.shape[0]), tl.float32), ON_GPU))
+        s = _dot(keys, tl.trans(q), s, ON_GPU)
     else:
-        s = _dot(q, tl.trans(keys), tl.zeros((q.shape[0], keys.shape[0]), tl.float32), ON_GPU)
+        s = _dot(q, tl.trans(keys), s, ON_GPU)
     return s
 
 
 @triton.jit
-def _scores_dense(q, keys, SWAP: tl.constexpr, ON_GPU: tl.constexpr):
-    """Float32 q against keys of the model's dtype, with all digits of q."""
+def _add_scores_dense(s, q, keys, SWAP: tl.constexpr, ON_GPU: tl.constexpr):
+    """The same of float32 q and keys of the model's dtype, with all digits of q."""
     if keys.dtype == tl.float32:
-        s = _scores(q, keys, SWAP, ON_GPU)
+        s = _add_scores(s, q, keys, SWAP, ON_GPU)
     else:
         high, low = _high_and_low(q, keys.dtype)
-        s = _scores(high, keys, SWAP, ON_GPU) + _scores(low, keys, SWAP, ON_GPU)
+        s = _add_scores(s, high, keys, SWAP, ON_GPU)
+        s = _add_scores(s, low, keys, SWAP, ON_GPU)
     return s
 
 
 @triton.jit
-def _in_base_2(s, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Scores capped, times log2 e."""
+def _no_scores(ROWS: tl.constexpr, SWAP: tl.constexpr):
+    """Scores of 64 tokens to add to."""
+    if SWAP:
+        s = tl.zeros((64, ROWS), tl.float32)
+    else:
+        s = tl.zeros((ROWS, 64), tl.float32)
+    return s
+
+
+@triton.jit
+def _by_row(s, SWAP: tl.constexpr):
+    """Scores as [R, N]."""
+    if SWAP:
+        s = tl.trans(s)
+    return s
+
+
+@triton.jit
+def _capped(s, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Scores in base 2: capped, and times log2 e, where there is a cap; else they have been multiplied already."""
     if HAS_SOFTCAP:
-        s = softcap * (2 * tl.sigmoid(2 * s / softcap) - 1)
-    return s * 1.4426950408889634
+        s = softcap * (2 * tl.sigmoid(2 * s / softcap) - 1) * 1.4426950408889634
+    return s
 
 
 @triton.jit
-def _accumulate(acc, shrink, weights, values, SWAP: tl.constexpr, ON_GPU: tl.constexpr):
-    """acc * shrink + weights @ values; acc [R, D], swapped [D, R]. weights [R, N] of the values' dtype, shrink [R]."""
-    if SWAP:
-        acc = _dot(tl.trans(values), tl.trans(weights), acc * shrink[None, :], ON_GPU)
+def _place(
+    anchor,
+    entry,
+    head,
+    KEY_BYTES: tl.constexpr,
+    VALUE_BYTES: tl.constexpr,
+    KEY_QUARTER: tl.constexpr,
+    VALUE_QUARTER: tl.constexpr,
+    KEY_PLANES: tl.constexpr,
+    VALUE_PLANES: tl.constexpr,
+    IS_MIXED: tl.constexpr,
+):
+    """Where a head's share of a record begins, and its values; how many planes they have."""
+    if IS_MIXED:
+        key_planes = (entry & 3).to(tl.int32)
+        value_planes = ((entry >> 2) & 3).to(tl.int32)
     else:
-        acc = _dot(weights, values, acc * shrink[:, None], ON_GPU)
-    return acc
+        key_planes = KEY_PLANES
+        value_planes = VALUE_PLANES
+    key_bytes = KEY_BYTES
+    value_bytes = VALUE_BYTES
+    if KEY_PLANES > 0:
+        key_bytes += (key_planes - 1) * (32 * KEY_QUARTER)
+    if VALUE_PLANES > 0:
+        value_bytes += (value_planes - 1) * (32 * VALUE_QUARTER)
+    keys = anchor + tl.multiple_of(entry & -16, 16) + tl.multiple_of(head * (key_bytes + value_bytes), 16)
+    return keys, keys + tl.multiple_of(key_bytes, 16), key_planes, value_planes
 
 
 @triton.jit
-def _start(ROWS: tl.constexpr, VALUE_WIDTH: tl.constexpr, SWAP: tl.constexpr):
-    """Top score, mass and weighted sum of no token."""
-    if SWAP:
-        acc = tl.zeros((VALUE_WIDTH, ROWS), tl.float32)
-    else:
-        acc = tl.zeros((ROWS, VALUE_WIDTH), tl.float32)
-    return tl.full((ROWS,), -1e30, tl.float32), tl.zeros((ROWS,), tl.float32), acc
+def _scale(base, IS_CODED: tl.constexpr, n):
+    """The scales of 64 coded vectors, float32; nothing of others."""
+    scale = n
+    if IS_CODED:
+        scale = tl.load(base.to(tl.pointer_type(tl.float16)) + n).to(tl.float32)
+    return scale
+
+
+@triton.jit
+def _mean(base, QUARTER: tl.constexpr, QUARTER_PADDED: tl.constexpr, f: tl.constexpr):
+    """Quarter f of the mean of a block's keys, float32."""
+    j = tl.arange(0, QUARTER_PADDED)
+    at = base.to(tl.pointer_type(tl.float16)) + 64 + f * QUARTER + j
+    return tl.load(at, mask=j < QUARTER, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -218,7 +211,10 @@ def _attend_blocks(
     sinks,
     key_tail,
     value_tail,
-    q,
+    q0,
+    q1,
+    q2,
+    q3,
     row_scale,
     bias_scale,
     constant,
@@ -250,21 +246,25 @@ def _attend_blocks(
     ON_GPU: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The blocks [first, last) of `entries`; q [ROWS, 4 * KEY_QUARTER_PADDED] float32."""
+    """The blocks [first, last) of `entries`; q0 to q3 [ROWS, KEY_QUARTER_PADDED] float32."""
     # bytes of the sides of a record, but for the 1-bit planes of coded ones
     ITEM_BYTES: tl.constexpr = key_tail.dtype.element_ty.primitive_bitwidth // 8
     MEAN_BYTES: tl.constexpr = 2 * KEY_DIM if HAS_MEANS else 0
     KEY_BYTES: tl.constexpr = 128 + MEAN_BYTES + 64 * KEY_QUARTER if KEY_PLANES > 0 else 64 * KEY_DIM * ITEM_BYTES
     VALUE_BYTES: tl.constexpr = 128 + 64 * VALUE_QUARTER if VALUE_PLANES > 0 else 64 * VALUE_DIM * ITEM_BYTES
     n = tl.arange(0, 64)
-    p = tl.arange(0, 4 * KEY_QUARTER_PADDED)
-    key_coordinate = coordinate(p, KEY_QUARTER)
-    is_key = is_coordinate(p, KEY_QUARTER)
-    p = tl.arange(0, 4 * VALUE_QUARTER_PADDED)
-    value_coordinate = coordinate(p, VALUE_QUARTER)
-    is_value = is_coordinate(p, VALUE_QUARTER)
-    top, mass, acc = _start(ROWS, 4 * VALUE_QUARTER_PADDED, SWAP)
-    q16 = q.to(tl.float16)
+    all_held = n >= 0
+    top = tl.full((ROWS,), -1e30, tl.float32)
+    # by token of a block: summed over them once, behind the loop
+    masses = tl.zeros((ROWS, 64), tl.float32)
+    acc0 = tl.zeros((ROWS, VALUE_QUARTER_PADDED), tl.float32)
+    acc1 = acc0
+    acc2 = acc0
+    acc3 = acc0
+    h0 = q0.to(tl.float16)
+    h1 = q1.to(tl.float16)
+    h2 = q2.to(tl.float16)
+    h3 = q3.to(tl.float16)
     if HAS_BIAS:
         # the query turned back to the first token of the block, block after block, meets one table of 64 angles
         i = tl.arange(0, PAIRS_PADDED)
@@ -279,85 +279,77 @@ def _attend_blocks(
         )
         two = tl.arange(0, 2 * PAIRS_PADDED)
         turns = tl.load(bias_table + n[:, None] * (2 * PAIRS_PADDED) + two[None, :])
-    upcoming = tl.load(entries + first, mask=first < last, other=0)
     for block in tl.range(first, last, num_stages=STAGES):
-        entry = upcoming
-        # the address of the next block is asked for a block ahead of its bytes
-        upcoming = tl.load(entries + block + 1, mask=block + 1 < last, other=0)
-        if IS_MIXED:
-            key_planes = (entry & 3).to(tl.int32)
-            value_planes = ((entry >> 2) & 3).to(tl.int32)
-        else:
-            key_planes = KEY_PLANES
-            value_planes = VALUE_PLANES
-        key_bytes = KEY_BYTES
-        value_bytes = VALUE_BYTES
+        entry = tl.load(entries + block)
+        keys_at, values_at, key_planes, value_planes = _place(
+            anchor, entry, head, KEY_BYTES, VALUE_BYTES, KEY_QUARTER, VALUE_QUARTER, KEY_PLANES, VALUE_PLANES, IS_MIXED
+        )
+        key_scale = _scale(keys_at, KEY_PLANES > 0, n)
+        value_scale = _scale(values_at, VALUE_PLANES > 0, n)
+        s = _no_scores(ROWS, SWAP)
         if KEY_PLANES > 0:
-            key_bytes += (key_planes - 1) * (32 * KEY_QUARTER)
-        if VALUE_PLANES > 0:
-            value_bytes += (value_planes - 1) * (32 * VALUE_QUARTER)
-        record = anchor + tl.multiple_of(entry & -16, 16) + tl.multiple_of(head * (key_bytes + value_bytes), 16)
-
-        if KEY_PLANES > 0:
-            key_scale = tl.load(record.to(tl.pointer_type(tl.float16)) + n).to(tl.float32)
             a, y1, y2 = load_codes(
-                record + (128 + MEAN_BYTES),
-                key_planes,
-                n,
-                KEY_QUARTER,
-                KEY_QUARTER_PADDED,
-                KEY_PLANES,
-                IS_MIXED,
+                keys_at + (128 + MEAN_BYTES), key_planes, n, KEY_QUARTER, KEY_QUARTER_PADDED, KEY_PLANES, IS_MIXED
             )
-            keys = decode(
+            k0, k1, k2, k3 = decode_fields(
                 a, y1, y2, key_planes, centroids, registers, KEY_QUARTER, KEY_QUARTER_PADDED, KEY_PLANES, WARPS, ON_GPU
             )
-            s = _scores(q16, keys, SWAP, ON_GPU) * key_scale[None, :]
+            s = _add_scores(s, h0, k0, SWAP, ON_GPU)
+            s = _add_scores(s, h1, k1, SWAP, ON_GPU)
+            s = _add_scores(s, h2, k2, SWAP, ON_GPU)
+            s = _add_scores(s, h3, k3, SWAP, ON_GPU)
+            s = _by_row(s, SWAP) * key_scale[None, :]
             if HAS_MEANS:
-                mean = record.to(tl.pointer_type(tl.float16)) + 64 + key_coordinate
-                mean = tl.load(mean, mask=is_key, other=0).to(tl.float32)
-                s += tl.sum(q * mean[None, :], 1)[:, None]
+                by_mean = q0 * _mean(keys_at, KEY_QUARTER, KEY_QUARTER_PADDED, 0)[None, :]
+                by_mean += q1 * _mean(keys_at, KEY_QUARTER, KEY_QUARTER_PADDED, 1)[None, :]
+                by_mean += q2 * _mean(keys_at, KEY_QUARTER, KEY_QUARTER_PADDED, 2)[None, :]
+                by_mean += q3 * _mean(keys_at, KEY_QUARTER, KEY_QUARTER_PADDED, 3)[None, :]
+                s += tl.sum(by_mean, 1)[:, None]
         else:
-            plain = record.to(key_tail.dtype) + n[:, None] * KEY_DIM + key_coordinate[None, :]
-            s = _scores_dense(q, tl.load(plain, mask=is_key[None, :], other=0), SWAP, ON_GPU)
+            plain = keys_at.to(key_tail.dtype)
+            k0 = _plain(plain, KEY_DIM, n, all_held, KEY_QUARTER, KEY_QUARTER_PADDED, 0)
+            k1 = _plain(plain, KEY_DIM, n, all_held, KEY_QUARTER, KEY_QUARTER_PADDED, 1)
+            k2 = _plain(plain, KEY_DIM, n, all_held, KEY_QUARTER, KEY_QUARTER_PADDED, 2)
+            k3 = _plain(plain, KEY_DIM, n, all_held, KEY_QUARTER, KEY_QUARTER_PADDED, 3)
+            s = _add_scores_dense(s, q0, k0, SWAP, ON_GPU)
+            s = _add_scores_dense(s, q1, k1, SWAP, ON_GPU)
+            s = _add_scores_dense(s, q2, k2, SWAP, ON_GPU)
+            s = _add_scores_dense(s, q3, k3, SWAP, ON_GPU)
+            s = _by_row(s, SWAP)
         s = s * row_scale[:, None]
         if HAS_BIAS:
             both = tl.reshape(tl.join(along_cos, along_sin), (ROWS, 2 * PAIRS_PADDED))
             # the table holds cos - 1, which keeps the digits of slowly turning pairs
-            bias = _scores_dense(both, turns, SWAP, ON_GPU) + tl.sum(along_cos, 1)[:, None]
+            bias = _by_row(_add_scores_dense(_no_scores(ROWS, SWAP), both, turns, SWAP, ON_GPU), SWAP)
+            bias += tl.sum(along_cos, 1)[:, None]
             s += bias * bias_scale[:, None] + constant[:, None]
             along_cos, along_sin = (
                 along_cos * cos_step[None, :] + along_sin * sin_step[None, :],
                 along_sin * cos_step[None, :] - along_cos * sin_step[None, :],
             )
-        s = _in_base_2(s, softcap, HAS_SOFTCAP)
+        s = _capped(s, softcap, HAS_SOFTCAP)
         if IS_CAUSAL:
             s = tl.where((sinks + 64 * block + n)[None, :] <= position[:, None], s, float("-inf"))
 
         if VALUE_PLANES > 0:
             # a value's scale joins the exponent: weights are at most 1 and keep their digits in float16
-            value_scale = tl.load((record + key_bytes).to(tl.pointer_type(tl.float16)) + n).to(tl.float32)
-            smallest = tl.maximum(tl.abs(value_scale), 5.9604645e-08, propagate_nan=tl.PropagateNan.ALL)
-            exponent = tl.log2(smallest)
-            inverse = tl.exp2(-exponent)
+            # in powers of two, which are exact to divide by; NaN and infinity make NaN of the weights
+            power = (value_scale.to(tl.int32, bitcast=True) >> 23) & 255
+            power = tl.minimum(tl.maximum(power, 127 - 24), 254)
+            inverse = ((254 - power) << 23).to(tl.float32, bitcast=True)
+            exponent = (power - 127).to(tl.float32)
             s += exponent[None, :]
         new_top = tl.maximum(top, tl.max(s, 1))
         shrink = tl.exp2(top - new_top)
         top = new_top
         weights = tl.exp2(s - new_top[:, None])
         if VALUE_PLANES > 0:
-            mass = mass * shrink + tl.sum(weights * inverse[None, :], 1)
+            masses = masses * shrink[:, None] + weights * inverse[None, :]
             weights = (weights * (value_scale * inverse)[None, :]).to(tl.float16)
             a, y1, y2 = load_codes(
-                record + key_bytes + 128,
-                value_planes,
-                n,
-                VALUE_QUARTER,
-                VALUE_QUARTER_PADDED,
-                VALUE_PLANES,
-                IS_MIXED,
+                values_at + 128, value_planes, n, VALUE_QUARTER, VALUE_QUARTER_PADDED, VALUE_PLANES, IS_MIXED
             )
-            values = decode(
+            v0, v1, v2, v3 = decode_fields(
                 a,
                 y1,
                 y2,
@@ -371,12 +363,18 @@ def _attend_blocks(
                 ON_GPU,
             )
         else:
-            mass = mass * shrink + tl.sum(weights, 1)
-            plain = (record + key_bytes).to(value_tail.dtype) + n[:, None] * VALUE_DIM
-            values = tl.load(plain + value_coordinate[None, :], mask=is_value[None, :], other=0)
-            weights = weights.to(values.dtype)
-        acc = _accumulate(acc, shrink, weights, values, SWAP, ON_GPU)
-    return top, mass, acc
+            masses = masses * shrink[:, None] + weights
+            plain = values_at.to(value_tail.dtype)
+            v0 = _plain(plain, VALUE_DIM, n, all_held, VALUE_QUARTER, VALUE_QUARTER_PADDED, 0)
+            v1 = _plain(plain, VALUE_DIM, n, all_held, VALUE_QUARTER, VALUE_QUARTER_PADDED, 1)
+            v2 = _plain(plain, VALUE_DIM, n, all_held, VALUE_QUARTER, VALUE_QUARTER_PADDED, 2)
+            v3 = _plain(plain, VALUE_DIM, n, all_held, VALUE_QUARTER, VALUE_QUARTER_PADDED, 3)
+            weights = weights.to(v0.dtype)
+        acc0 = _dot(weights, v0, acc0 * shrink[:, None], ON_GPU)
+        acc1 = _dot(weights, v1, acc1 * shrink[:, None], ON_GPU)
+        acc2 = _dot(weights, v2, acc2 * shrink[:, None], ON_GPU)
+        acc3 = _dot(weights, v3, acc3 * shrink[:, None], ON_GPU)
+    return top, tl.sum(masses, 1), acc0, acc1, acc2, acc3
 
 
 @triton.jit
@@ -388,7 +386,10 @@ def _attend_tail(
     sinks,
     length,
     blocks,
-    q,
+    q0,
+    q1,
+    q2,
+    q3,
     row_scale,
     bias_scale,
     constant,
@@ -411,13 +412,6 @@ def _attend_tail(
     ON_GPU: tl.constexpr,
 ):
     """64 slots of one head's tail: sinks, then the ring of recent tokens. key_tail, value_tail: of that head."""
-    p = tl.arange(0, 4 * KEY_QUARTER_PADDED)
-    key_coordinate = coordinate(p, KEY_QUARTER)
-    is_key = is_coordinate(p, KEY_QUARTER)
-    p = tl.arange(0, 4 * VALUE_QUARTER_PADDED)
-    value_coordinate = coordinate(p, VALUE_QUARTER)
-    is_value = is_coordinate(p, VALUE_QUARTER)
-    top, mass, acc = _start(ROWS, 4 * VALUE_QUARTER_PADDED, SWAP)
     slot = first_slot + tl.arange(0, 64)
     ring = slots - sinks
     end = length - sinks
@@ -428,33 +422,53 @@ def _attend_tail(
     token = tl.where(is_sink, slot, sinks + in_ring)
     is_recent = (slot >= sinks) & (slot < tl.where(end > 0, slots, 0)) & (in_ring >= 64 * blocks)
     is_held = (is_sink & (slot < length)) | is_recent
-    keys = tl.load(
-        key_tail + slot[:, None] * KEY_DIM + key_coordinate[None, :],
-        mask=is_held[:, None] & is_key[None, :],
-        other=0,
-    )
-    s = _scores_dense(q, keys, SWAP, ON_GPU) * row_scale[:, None]
+    k0 = _plain(key_tail, KEY_DIM, slot, is_held, KEY_QUARTER, KEY_QUARTER_PADDED, 0)
+    k1 = _plain(key_tail, KEY_DIM, slot, is_held, KEY_QUARTER, KEY_QUARTER_PADDED, 1)
+    k2 = _plain(key_tail, KEY_DIM, slot, is_held, KEY_QUARTER, KEY_QUARTER_PADDED, 2)
+    k3 = _plain(key_tail, KEY_DIM, slot, is_held, KEY_QUARTER, KEY_QUARTER_PADDED, 3)
+    s = _no_scores(ROWS, SWAP)
+    s = _add_scores_dense(s, q0, k0, SWAP, ON_GPU)
+    s = _add_scores_dense(s, q1, k1, SWAP, ON_GPU)
+    s = _add_scores_dense(s, q2, k2, SWAP, ON_GPU)
+    s = _add_scores_dense(s, q3, k3, SWAP, ON_GPU)
+    s = _by_row(s, SWAP) * row_scale[:, None]
     if HAS_BIAS:
         # few pairs at a time: all angles of 64 tokens at once would not fit the registers
-        bias = tl.zeros((ROWS, 64), tl.float32)
+        bias = _no_scores(ROWS, SWAP)
         for start in tl.static_range(0, PAIRS_PADDED, 16):
             i = start + tl.arange(0, 16)
             cos, sin = turned(token[:, None], tl.load(frequencies + i)[None, :])
             along_cos = tl.load(coefficients[:, None] + i[None, :], mask=is_row[:, None], other=0)
             along_sin = tl.load(coefficients[:, None] + PAIRS_PADDED + i[None, :], mask=is_row[:, None], other=0)
-            bias += _scores(along_cos, cos, SWAP, ON_GPU) + _scores(along_sin, sin, SWAP, ON_GPU)
-        s += bias * bias_scale[:, None] + constant[:, None]
-    s = _in_base_2(s, softcap, HAS_SOFTCAP)
+            bias = _add_scores(bias, along_cos, cos, SWAP, ON_GPU)
+            bias = _add_scores(bias, along_sin, sin, SWAP, ON_GPU)
+        s += _by_row(bias, SWAP) * bias_scale[:, None] + constant[:, None]
+    s = _capped(s, softcap, HAS_SOFTCAP)
     s = tl.where(is_held[None, :] & (token[None, :] <= position[:, None]), s, float("-inf"))
-    top = tl.maximum(top, tl.max(s, 1))
+    top = tl.maximum(tl.max(s, 1), -1e30)
     weights = tl.exp2(s - top[:, None])
-    values = tl.load(
-        value_tail + slot[:, None] * VALUE_DIM + value_coordinate[None, :],
-        mask=is_held[:, None] & is_value[None, :],
-        other=0,
+    mass = tl.sum(weights, 1)
+    weights = weights.to(value_tail.dtype.element_ty)
+    none = tl.zeros((ROWS, VALUE_QUARTER_PADDED), tl.float32)
+    v0 = _plain(value_tail, VALUE_DIM, slot, is_held, VALUE_QUARTER, VALUE_QUARTER_PADDED, 0)
+    v1 = _plain(value_tail, VALUE_DIM, slot, is_held, VALUE_QUARTER, VALUE_QUARTER_PADDED, 1)
+    v2 = _plain(value_tail, VALUE_DIM, slot, is_held, VALUE_QUARTER, VALUE_QUARTER_PADDED, 2)
+    v3 = _plain(value_tail, VALUE_DIM, slot, is_held, VALUE_QUARTER, VALUE_QUARTER_PADDED, 3)
+    return (
+        top,
+        mass,
+        _dot(weights, v0, none, ON_GPU),
+        _dot(weights, v1, none, ON_GPU),
+        _dot(weights, v2, none, ON_GPU),
+        _dot(weights, v3, none, ON_GPU),
     )
-    acc = _accumulate(acc, mass, weights.to(values.dtype), values, SWAP, ON_GPU)
-    return top, tl.sum(weights, 1), acc
+
+
+@triton.jit
+def _store_part(to, acc, is_row, DIM: tl.constexpr, QUARTER: tl.constexpr, f: tl.constexpr):
+    """Quarter f of the weighted sums of the rows `to`."""
+    j = tl.arange(0, acc.shape[1])
+    tl.store(to[:, None] + (f * QUARTER + j)[None, :], acc, mask=is_row[:, None] & (j < QUARTER)[None, :])
 
 
 # A kernel for every value of these would be compiled in the middle of a generation.
@@ -514,7 +528,6 @@ def _attend_split(
     The first `splits` programs take blocks, each of the others 64 slots of the sinks and the recent window. The
     weight of a token is its value's scale times exp(score); the top is that of the weights.
     """
-    KEY_WIDTH: tl.constexpr = 4 * KEY_QUARTER_PADDED
     split = tl.program_id(0)
     bg = tl.program_id(1)
     b = bg // groups
@@ -526,7 +539,12 @@ def _attend_split(
     blocks = tl.maximum(tl.load(coded + b), (length - sinks - window) // 64)
     # a query that was padding sees the first token
     position = tl.maximum(length - tokens + r % tokens, 0)
-    own_q = tl.load(q + at[:, None] * KEY_WIDTH + tl.arange(0, KEY_WIDTH)[None, :], mask=is_row[:, None], other=0)
+    q0 = _rotated(q, at, is_row, KEY_QUARTER_PADDED, 0)
+    q1 = _rotated(q, at, is_row, KEY_QUARTER_PADDED, 1)
+    q2 = _rotated(q, at, is_row, KEY_QUARTER_PADDED, 2)
+    q3 = _rotated(q, at, is_row, KEY_QUARTER_PADDED, 3)
+    if not HAS_SOFTCAP:
+        scale *= 1.4426950408889634  # log2 e: scores in base 2
     row_scale = tl.load(factor + at * 4, mask=is_row, other=0) * scale
     bias_scale = row_scale
     constant = row_scale
@@ -537,7 +555,7 @@ def _attend_split(
     if split < splits:
         share = (blocks + splits - 1) // splits
         first = split * share
-        top, mass, acc = _attend_blocks(
+        top, mass, acc0, acc1, acc2, acc3 = _attend_blocks(
             anchor,
             table + b.to(tl.int64) * table_stride,
             first,
@@ -546,7 +564,10 @@ def _attend_split(
             sinks,
             key_tail,
             value_tail,
-            own_q,
+            q0,
+            q1,
+            q2,
+            q3,
             row_scale,
             bias_scale,
             constant,
@@ -579,7 +600,7 @@ def _attend_split(
             STAGES,
         )
     else:
-        top, mass, acc = _attend_tail(
+        top, mass, acc0, acc1, acc2, acc3 = _attend_tail(
             key_tail + bg.to(tl.int64) * slots * KEY_DIM,
             value_tail + bg.to(tl.int64) * slots * VALUE_DIM,
             (split - splits) * 64,
@@ -587,7 +608,10 @@ def _attend_split(
             sinks,
             length,
             blocks,
-            own_q,
+            q0,
+            q1,
+            q2,
+            q3,
             row_scale,
             bias_scale,
             constant,
@@ -613,73 +637,22 @@ def _attend_split(
     to = (bg.to(tl.int64) * tl.num_programs(0) + split) * rows + r
     tl.store(out_top + to, top, mask=is_row)
     tl.store(out_mass + to, mass, mask=is_row)
-    p = tl.arange(0, 4 * VALUE_QUARTER_PADDED)
-    d = coordinate(p, VALUE_QUARTER)
-    is_value = is_coordinate(p, VALUE_QUARTER)
-    if SWAP:
-        tl.store(out_acc + to[None, :] * VALUE_DIM + d[:, None], acc, mask=is_row[None, :] & is_value[:, None])
-    else:
-        tl.store(out_acc + to[:, None] * VALUE_DIM + d[None, :], acc, mask=is_row[:, None] & is_value[None, :])
-
-
-@triton.jit(do_not_specialize=["groups", "heads_per_group", "tokens", "parts"])
-def _merge(
-    in_top,
-    in_mass,
-    in_acc,
-    matrix,
-    sink_logits,
-    out,
-    out_batch_stride,
-    out_head_stride,
-    out_token_stride,
-    groups,
-    heads_per_group,
-    tokens,
-    parts,
-    DIM: tl.constexpr,
-    DIM_PADDED: tl.constexpr,
-    HAS_SINK_LOGITS: tl.constexpr,
-    PARTS_PADDED: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """One query row: the parts joined by log-sum-exp, and turned back to the model's coordinates."""
-    row = tl.program_id(0)
-    bg = tl.program_id(1)
-    rows = heads_per_group * tokens
-    head = bg % groups * heads_per_group + row // tokens
-    part = tl.arange(0, PARTS_PADDED)
-    at = (bg.to(tl.int64) * parts + part) * rows + row
-    tops = tl.load(in_top + at, mask=part < parts, other=-1e30)
-    highest = tl.max(tops, 0)
-    if HAS_SINK_LOGITS:
-        logit = tl.load(sink_logits + head).to(tl.float32) * 1.4426950408889634
-        highest = tl.maximum(highest, logit)
-    share = tl.exp2(tops - highest)
-    mass = tl.sum(tl.load(in_mass + at, mask=part < parts, other=0) * share, 0)
-    if HAS_SINK_LOGITS:
-        mass += tl.exp2(logit - highest)
-    d = tl.arange(0, DIM_PADDED)
-    total = tl.zeros((DIM_PADDED,), tl.float32)
-    for start in tl.static_range(0, DIM, CHUNK):
-        c = start + tl.arange(0, CHUNK)
-        own = tl.load(
-            in_acc + at[:, None] * DIM + c[None, :], mask=(part < parts)[:, None] & (c < DIM)[None, :], other=0
-        )
-        joined = tl.sum(own * share[:, None], 0)
-        turn = tl.load(matrix + c[:, None] * DIM + d[None, :], mask=(c < DIM)[:, None] & (d < DIM)[None, :], other=0)
-        total += tl.sum(joined[:, None] * turn, 0)
-    # a row that holds no token gives zeros
-    total = total / tl.where(mass == 0, 1.0, mass)
-    to = out + (bg // groups).to(tl.int64) * out_batch_stride + head.to(tl.int64) * out_head_stride
-    to += (row % tokens).to(tl.int64) * out_token_stride
-    tl.store(to + d, total.to(out.dtype.element_ty), mask=d < DIM)
+    parts = out_acc + to * VALUE_DIM
+    _store_part(parts, acc0, is_row, VALUE_DIM, VALUE_QUARTER, 0)
+    _store_part(parts, acc1, is_row, VALUE_DIM, VALUE_QUARTER, 1)
+    _store_part(parts, acc2, is_row, VALUE_DIM, VALUE_QUARTER, 2)
+    _store_part(parts, acc3, is_row, VALUE_DIM, VALUE_QUARTER, 3)
 
 
 def launch_for(device: torch.device, rows: int, width: int) -> Launch:
     """The entry of the table for a number of query rows of one KV head and a head width."""
     entries = _LAUNCHES.get(capability(device), _LAUNCHES[0])
     return next((launch for most, widest, launch in entries if rows <= most and width <= widest), entries[-1][2])
+
+
+def _padded_quarter(dim: int) -> int:
+    """A quarter of a head as the tensor cores take it: a power of two, and at least 16."""
+    return max(16, int(triton.next_power_of_2(dim // 4)))
 
 
 def attend_packed(
@@ -704,8 +677,8 @@ def attend_packed(
     rows = heads_per_group * tokens
     device = q.device
     launch = launch or launch_for(device, rows, max(key_dim, value_dim))
-    key_quarter = triton.next_power_of_2(key_dim // 4)
-    value_quarter = triton.next_power_of_2(value_dim // 4)
+    key_quarter = _padded_quarter(key_dim)
+    value_quarter = _padded_quarter(value_dim)
     # [rows, width] float32: enough for every launch, smaller than one layer's queries times four
     rotated = torch.empty(batch * groups * rows, 4 * key_quarter, dtype=torch.float32, device=device)
     factor = torch.empty(batch * groups * rows, 4, dtype=torch.float32, device=device)
@@ -715,7 +688,7 @@ def attend_packed(
         if bias is not None
         else factor
     )
-    _prepare[(rows, batch * groups)](
+    prepare_rows[(rows, batch * groups)](
         q,
         q.stride(0),
         q.stride(1),
@@ -798,7 +771,7 @@ def attend_packed(
         num_stages=launch.stages,
     )
     out = torch.empty(batch, tokens, heads, value_dim, dtype=q.dtype, device=device)
-    _merge[(rows, batch * groups)](
+    merge_rows[(rows, batch * groups)](
         top,
         mass,
         acc,

@@ -1,9 +1,9 @@
 """Planes -> centroids in registers: the decoder that the kernels of attend, unpack and age share, and unpack's own.
 
 On CUDA a byte-permute table looks up four codes in one instruction; elsewhere (Triton's interpreter) a gather does.
-A tile of codes is decoded in the order in which its bytes lie: position p of a vector holds the coordinate
-`coordinate(p)`, so that no data moves between threads. Whoever multiplies by such a tile brings its own operand into
-the same order.
+A byte of plane 0 holds one coordinate of each quarter of a vector, so a tile is decoded as four tiles of a quarter
+(`decode_fields`, for whoever multiplies by it), or as one in the order in which the bytes lie (`decode`): position p
+then holds the coordinate `coordinate(p)`. No data moves between threads for either.
 """
 
 import struct
@@ -17,10 +17,10 @@ from turboquant.codebook import embedded_codebook
 from turboquant.layout import BlockLayout
 from turboquant.ops.devices import is_interpreted
 
-# Inputs: 4 bytes each of plane 0, 1 and 2 in one register, the shift of their 1-bit planes (0 or 2), and the table's
-# high and low bytes, 8 entries in 2 registers each. Outputs: for each of the 4 fields 4 float16 in 2 registers.
-_A, _Y1, _Y2, _SHIFT, _H0, _H1, _L0, _L1 = "$8", "$9", "$10", "$11", "$12", "$16", "$20", "$24"
-_CONSTRAINTS = ",".join(["=r"] * 8 + ["r"] * 20)
+# Inputs: 4 bytes each of plane 0, 1 and 2 in one register, the shift of their 1-bit planes (0 or 2), the table's high
+# and low bytes, 8 entries in 2 registers each, and 0x80808080. Outputs: for each of the 4 fields 4 float16 in 2 registers.
+_A, _Y1, _Y2, _SHIFT, _H0, _H1, _L0, _L1, _SIGNS = "$8", "$9", "$10", "$11", "$12", "$16", "$20", "$24", "$28"
+_CONSTRAINTS = ",".join(["=r"] * 8 + ["r"] * 24)
 
 
 def _look_up(selectors: str, outputs: tuple[str, str, str, str], sign: str | None) -> list[str]:
@@ -39,7 +39,7 @@ def _look_up(selectors: str, outputs: tuple[str, str, str, str], sign: str | Non
         if sign is not None:
             # a selector with bit 3 set gives the sign of the byte it selects, 0xFF for 0x80
             lines += [
-                f"prmt.b32 w, 0x80808080, 0x80808080, {signs};",
+                f"prmt.b32 w, {_SIGNS}, {_SIGNS}, {signs};",
                 "shl.b32 w, w, 1;",
                 "lop3.b32 u, u, w, 0x80808080, 0xF8;",
             ]
@@ -159,13 +159,18 @@ def _fields_by_gather(centroids, a, y1, y2, half, PLANES: tl.constexpr, f: tl.co
 
 
 @triton.jit
-def _load_bytes(at, mask, IS_PLAIN: tl.constexpr):
-    """Bytes of a tile; a plain one is read without a mask."""
-    if IS_PLAIN:
-        x = tl.load(at)
+def _load_bits(base, row, QUARTER: tl.constexpr, QUARTER_PADDED: tl.constexpr):
+    """A 1-bit plane [N, QUARTER / 2], spread: byte e stands beside bytes e and QUARTER / 2 + e of plane 0."""
+    EIGHTH: tl.constexpr = QUARTER // 2
+    N: tl.constexpr = row.shape[0]
+    if QUARTER == QUARTER_PADDED:
+        # read once, and doubled on the way from shared memory
+        y = tl.load(base + row[:, None] * EIGHTH + tl.arange(0, EIGHTH)[None, :])
+        y = tl.reshape(tl.broadcast_to(y[:, None, :], (N, 2, EIGHTH)), (N, QUARTER))
     else:
-        x = tl.load(at, mask=mask, other=0)
-    return x
+        j = tl.arange(0, QUARTER_PADDED)
+        y = tl.load(base + row[:, None] * EIGHTH + (j % EIGHTH)[None, :], mask=(j < QUARTER)[None, :], other=0)
+    return y
 
 
 @triton.jit
@@ -186,27 +191,41 @@ def load_codes(
     """
     EIGHTH: tl.constexpr = QUARTER // 2
     j = tl.arange(0, QUARTER_PADDED)
-    IS_PLAIN: tl.constexpr = QUARTER == QUARTER_PADDED
     mask = (j < QUARTER)[None, :]
-    a = _load_bytes(base + row[:, None] * QUARTER + j[None, :], mask, IS_PLAIN)
+    if QUARTER == QUARTER_PADDED:
+        a = tl.load(base + row[:, None] * QUARTER + j[None, :])
+    else:
+        a = tl.load(base + row[:, None] * QUARTER + j[None, :], mask=mask, other=0)
     y1 = a
     y2 = a
-    spread = row[:, None] * EIGHTH + (j % EIGHTH)[None, :]
     if PLANES >= 2:
         first = 64 * QUARTER
         if IS_MIXED:
             first = tl.where(planes_held >= 2, first, 0)
-        y1 = _load_bytes(base + first + spread, mask, IS_PLAIN)
+        y1 = _load_bits(base + first, row, QUARTER, QUARTER_PADDED)
     if PLANES >= 3:
         second = 64 * (QUARTER + EIGHTH)
         if IS_MIXED:
             second = tl.where(planes_held >= 3, second, 0)
-        y2 = _load_bytes(base + second + spread, mask, IS_PLAIN)
+        y2 = _load_bits(base + second, row, QUARTER, QUARTER_PADDED)
     return a, y1, y2
 
 
 @triton.jit
-def decode(
+def _in_vector_register(x):
+    """x, so that the assembler does not know it for uniform: it would copy it from a uniform register at every use."""
+    return tl.inline_asm_elementwise(
+        "{.reg .b32 t; mov.u32 t, %laneid; shr.u32 t, t, 5; add.u32 $0, $1, t;}",
+        "=r,r",
+        [x],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def decode_fields(
     a,
     y1,
     y2,
@@ -219,7 +238,7 @@ def decode(
     WARPS: tl.constexpr,
     ON_GPU: tl.constexpr,
 ):
-    """Centroids [N, 4 * QUARTER_PADDED] float16, positions as `coordinate` says.
+    """Centroids as four float16 tensors [N, QUARTER_PADDED]: field f holds the coordinates f * QUARTER + j.
 
     a, y1, y2: as `load_codes` gives them. planes_held: of the codes, PLANES or fewer. centroids, registers: `tables`.
     WARPS: of the program.
@@ -245,10 +264,11 @@ def decode(
                 y1,
                 y2,
                 amount[None, :],
-                tl.load(registers),
-                tl.load(registers + 1),
-                tl.load(registers + 2),
-                tl.load(registers + 3),
+                _in_vector_register(tl.load(registers)),
+                _in_vector_register(tl.load(registers + 1)),
+                _in_vector_register(tl.load(registers + 2)),
+                _in_vector_register(tl.load(registers + 3)),
+                _in_vector_register(-0x7F7F7F80),  # 0x80 in every byte
             ],
             dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
             is_pure=True,
@@ -260,6 +280,28 @@ def decode(
         f1 = _fields_by_gather(centroids, a, y1, y2, half, PLANES, 1)
         f2 = _fields_by_gather(centroids, a, y1, y2, half, PLANES, 2)
         f3 = _fields_by_gather(centroids, a, y1, y2, half, PLANES, 3)
+    return f0, f1, f2, f3
+
+
+@triton.jit
+def decode(
+    a,
+    y1,
+    y2,
+    planes_held,
+    centroids,
+    registers,
+    QUARTER: tl.constexpr,
+    QUARTER_PADDED: tl.constexpr,
+    PLANES: tl.constexpr,
+    WARPS: tl.constexpr,
+    ON_GPU: tl.constexpr,
+):
+    """The same in one tensor [N, 4 * QUARTER_PADDED], positions as `coordinate` says: no data moves for it."""
+    N: tl.constexpr = a.shape[0]
+    f0, f1, f2, f3 = decode_fields(
+        a, y1, y2, planes_held, centroids, registers, QUARTER, QUARTER_PADDED, PLANES, WARPS, ON_GPU
+    )
     fields = tl.join(tl.join(f0, f1), tl.join(f2, f3))  # [N, j, low bit of f, high bit of f]
     pairs = tl.reshape(fields, (N, QUARTER_PADDED // 2, 2, 2, 2))
     return tl.reshape(tl.permute(pairs, (0, 1, 4, 3, 2)), (N, 4 * QUARTER_PADDED))

@@ -1,0 +1,127 @@
+"""The first and last launch of attend: queries rotated, the key bias folded in; parts merged and turned back."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["groups", "heads_per_group", "tokens"])
+def prepare_rows(
+    q,
+    q_batch_stride,
+    q_head_stride,
+    q_token_stride,
+    matrix,
+    bias,
+    out_q,
+    out_factor,
+    out_coefficients,
+    groups,
+    heads_per_group,
+    tokens,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    QUARTER: tl.constexpr,
+    QUARTER_PADDED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    PAIRS_PADDED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """One query row: rotated to length 1, each quarter padded; its length; its share of the key bias."""
+    row = tl.program_id(0)
+    bg = tl.program_id(1)
+    b = bg // groups
+    g = bg % groups
+    rows = heads_per_group * tokens
+    at = (bg * rows + row).to(tl.int64)
+    head = g * heads_per_group + row // tokens
+    source = q + b.to(tl.int64) * q_batch_stride + head.to(tl.int64) * q_head_stride
+    source += (row % tokens).to(tl.int64) * q_token_stride
+    d = tl.arange(0, DIM_PADDED)
+    x = tl.load(source + d, mask=d < DIM, other=0).to(tl.float32)
+    length = tl.sqrt(tl.sum(x * x, 0))
+    inverse = tl.where(length > 0, 1 / length, 0.0)
+    inverse = tl.where(length != length, length, inverse)  # NaN stays
+    width: tl.constexpr = 4 * QUARTER_PADDED
+    for start in tl.static_range(0, width, CHUNK):
+        p = start + tl.arange(0, CHUNK)
+        c = p // QUARTER_PADDED * QUARTER + p % QUARTER_PADDED
+        is_real = p % QUARTER_PADDED < QUARTER
+        part = tl.load(matrix + c[:, None] * DIM + d[None, :], mask=is_real[:, None] & (d < DIM)[None, :], other=0)
+        tl.store(out_q + at * width + p, tl.sum(part * x[None, :], 1) * inverse)
+    constant = 0.0
+    bias_length = 0.0
+    if PAIRS >= 0:
+        own = bias + g.to(tl.int64) * DIM
+        all_of_it = tl.load(own + d, mask=d < DIM, other=0)
+        bias_length = tl.sqrt(tl.sum(all_of_it * all_of_it, 0))
+        shrink = inverse * tl.where(bias_length > 0, 1 / bias_length, 0.0)
+        i = tl.arange(0, PAIRS_PADDED)
+        first = 2 * i if INTERLEAVED else i
+        second = 2 * i + 1 if INTERLEAVED else i + PAIRS
+        q1 = tl.load(source + first, mask=i < PAIRS, other=0).to(tl.float32)
+        q2 = tl.load(source + second, mask=i < PAIRS, other=0).to(tl.float32)
+        b1 = tl.load(own + first, mask=i < PAIRS, other=0)
+        b2 = tl.load(own + second, mask=i < PAIRS, other=0)
+        to = out_coefficients + at * (2 * PAIRS_PADDED) + i
+        tl.store(to, (q1 * b1 + q2 * b2) * shrink)
+        tl.store(to + PAIRS_PADDED, (q2 * b1 - q1 * b2) * shrink)
+        still = d >= 2 * PAIRS  # coordinates that the rotary embedding leaves alone
+        constant = tl.sum(tl.where(still, x * all_of_it, 0.0), 0)
+    tl.store(out_factor + at * 4, length)
+    tl.store(out_factor + at * 4 + 1, bias_length * length)
+    tl.store(out_factor + at * 4 + 2, constant)
+
+
+@triton.jit(do_not_specialize=["groups", "heads_per_group", "tokens", "parts"])
+def merge_rows(
+    in_top,
+    in_mass,
+    in_acc,
+    matrix,
+    sink_logits,
+    out,
+    out_batch_stride,
+    out_head_stride,
+    out_token_stride,
+    groups,
+    heads_per_group,
+    tokens,
+    parts,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    HAS_SINK_LOGITS: tl.constexpr,
+    PARTS_PADDED: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """One query row: the parts joined by log-sum-exp, and turned back to the model's coordinates."""
+    row = tl.program_id(0)
+    bg = tl.program_id(1)
+    rows = heads_per_group * tokens
+    head = bg % groups * heads_per_group + row // tokens
+    part = tl.arange(0, PARTS_PADDED)
+    at = (bg.to(tl.int64) * parts + part) * rows + row
+    tops = tl.load(in_top + at, mask=part < parts, other=-1e30)
+    highest = tl.max(tops, 0)
+    if HAS_SINK_LOGITS:
+        logit = tl.load(sink_logits + head).to(tl.float32) * 1.4426950408889634
+        highest = tl.maximum(highest, logit)
+    share = tl.exp2(tops - highest)
+    mass = tl.sum(tl.load(in_mass + at, mask=part < parts, other=0) * share, 0)
+    if HAS_SINK_LOGITS:
+        mass += tl.exp2(logit - highest)
+    d = tl.arange(0, DIM_PADDED)
+    total = tl.zeros((DIM_PADDED,), tl.float32)
+    for start in tl.static_range(0, DIM, CHUNK):
+        c = start + tl.arange(0, CHUNK)
+        own = tl.load(
+            in_acc + at[:, None] * DIM + c[None, :], mask=(part < parts)[:, None] & (c < DIM)[None, :], other=0
+        )
+        joined = tl.sum(own * share[:, None], 0)
+        turn = tl.load(matrix + c[:, None] * DIM + d[None, :], mask=(c < DIM)[:, None] & (d < DIM)[None, :], other=0)
+        total += tl.sum(joined[:, None] * turn, 0)
+    # a row that holds no token gives zeros
+    total = total / tl.where(mass == 0, 1.0, mass)
+    to = out + (bg // groups).to(tl.int64) * out_batch_stride + head.to(tl.int64) * out_head_stride
+    to += (row % tokens).to(tl.int64) * out_token_stride
+    tl.store(to + d, total.to(out.dtype.element_ty), mask=d < DIM)
