@@ -18,7 +18,8 @@ from turboquant.layout import BlockLayout
 from turboquant.ops.devices import is_interpreted
 
 # Inputs: 4 bytes each of plane 0, 1 and 2 in one register, the shift of their 1-bit planes (0 or 2), the table's high
-# and low bytes, 8 entries in 2 registers each, and 0x80808080. Outputs: for each of the 4 fields 4 float16 in 2 registers.
+# and low bytes, 8 entries in 2 registers each, and 0x80808080. Outputs: for each of the 4 fields 4 float16 in 2
+# registers.
 _A, _Y1, _Y2, _SHIFT, _H0, _H1, _L0, _L1, _SIGNS = "$8", "$9", "$10", "$11", "$12", "$16", "$20", "$24", "$28"
 _CONSTRAINTS = ",".join(["=r"] * 8 + ["r"] * 24)
 
