@@ -50,6 +50,8 @@ class StoreOptions:
         seed: of the rotations; keys and values of a layer use different ones.
         block_means: take the mean of each block of 64 out of its keys before coding.
         capacity_tokens: allocate the blocks for that many tokens a row at once, or None to grow in slabs.
+        skip_below: kernels may leave out values of so small a weight, see `ops.attend.attend_packed`; 0 = none. Plain
+            PyTorch leaves nothing out.
     """
 
     precision: Precision
@@ -59,8 +61,11 @@ class StoreOptions:
     seed: int = 0
     block_means: bool = True
     capacity_tokens: int | None = None
+    skip_below: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.skip_below < 1:
+            raise OptionError(f"skip_below must be at least 0 and less than 1; got {self.skip_below}")
         for name, value in (("window", self.window), ("sinks", self.sinks)):
             if value < 0:
                 raise OptionError(f"{name} must be at least 0 tokens; got {value}")
@@ -573,6 +578,7 @@ class CompressedKV:
                 scale=scale,
                 softcap=softcap,
                 sink_logits=sink_logits,
+                skip_below=self.options.skip_below,
                 most_blocks=max(len(row.blocks) + len(row.reserved) for row in self._rows),
                 is_mixed=self._records().is_mixed,
             )

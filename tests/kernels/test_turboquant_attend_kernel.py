@@ -10,7 +10,10 @@ import torch
 from covering import pairwise
 from packed_tokens import Case, make_layer
 
+from turboquant.errors import OptionError
 from turboquant.ops.attend import attend_packed, bias_terms
+from turboquant.policy import Precision
+from turboquant.store import StoreOptions
 
 # Queries, weights and centroids are rounded to 11 bits, results to the dtype's; bfloat16 keeps 8.
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 2e-3}
@@ -145,3 +148,41 @@ def test_a_broken_vector_shows(monkeypatch: pytest.MonkeyPatch) -> None:
         most_blocks=layer.most_blocks,
     )
     assert out.isnan().all()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("bits", [2, 4, 16])
+def test_values_of_small_weight_may_be_left_out_within_the_bound(bits: int, device: str) -> None:
+    case = Case(groups=1, lengths=(3000,), key_dim=64, value_bits=bits, dtype=torch.float32, heads_per_group=1)
+    layer = make_layer(case, device)
+
+    def answer(skip_below: float) -> torch.Tensor:
+        return attend_packed(
+            layer.q,
+            layer.packed,
+            (layer.rotations[0].matrix(device), layer.rotations[1].matrix(device)),
+            None,
+            scale=2.0,  # scores far apart, as in a real layer that looks at few tokens
+            most_blocks=layer.most_blocks,
+            skip_below=skip_below,
+        )
+
+    exact = answer(0.0)
+    keys, values, _ = layer.tokens(0)
+    q = layer.rotations[0].apply(layer.q[0].float()).flatten(0, 1)  # [H, D]
+    weights = torch.softmax(2 * q @ keys[0].T, -1)
+    largest = (weights * values[0].norm(dim=-1)).amax(-1)
+    length = values[0].norm(dim=-1)
+    ratio = float(length.max() / length.min())  # of codes, and more
+    errors = []
+    for threshold in (1e-6, 1e-4, 1e-2):
+        error = (answer(threshold) - exact)[0, :, 0].norm(dim=-1)
+        assert (error <= threshold * 3000 * ratio * largest + 1e-6 * exact[0, :, 0].norm(dim=-1)).all()
+        errors.append(float(error.max()))
+    assert errors[-1] > 0  # something was left out
+    assert torch.equal(answer(0.0), exact)
+
+
+def test_a_threshold_that_leaves_everything_out_is_refused() -> None:
+    with pytest.raises(OptionError, match="skip_below must be at least 0 and less than 1; got 1.5"):
+        StoreOptions(Precision(3, 3), skip_below=1.5)

@@ -379,6 +379,8 @@ class TurboQuantCache(Cache):
         rotation: "hadamard" or "qr". seed: of the rotations.
         block_means: take the mean of each block of 64 tokens out of its keys.
         capacity_tokens: allocate for that many tokens at once; None grows in steps.
+        skip_below: kernels may leave out the values of blocks whose weights are all below this share of the largest,
+            see `ops.attend.attend_packed` for the bound of the error; 0 leaves nothing out.
         key_biases: one KeyBias or None per layer, for a caller that knows them; default: read from `model`.
     Layers with a sliding window keep transformers' own layer. Under our attention (`wrap`, or
     `model.set_attn_implementation("turboquant")`) codes are read in place; under any other, `update` unpacks the
@@ -401,6 +403,7 @@ class TurboQuantCache(Cache):
         seed: int = 0,
         block_means: bool = True,
         capacity_tokens: int | None = None,
+        skip_below: float = 0.0,
         key_biases: Sequence[KeyBias | None] | None = None,
     ):
         config = cast(
@@ -438,7 +441,7 @@ class TurboQuantCache(Cache):
                 layers.append(DenseLayer(capacity_tokens))
             else:
                 options = StoreOptions(
-                    precision, window, sinks, rotation, _layer_seed(seed, i), block_means, capacity_tokens
+                    precision, window, sinks, rotation, _layer_seed(seed, i), block_means, capacity_tokens, skip_below
                 )
                 layers.append(CompressedLayer(CompressedKV(options, key_bias=bias), self.config))
         super().__init__(layers=layers)

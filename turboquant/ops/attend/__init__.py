@@ -21,6 +21,7 @@ def attend_packed(
     sink_logits: Tensor | None = None,
     most_blocks: int,
     is_mixed: bool = False,
+    skip_below: float = 0.0,
 ) -> Tensor:
     """Attention of the newest T tokens of each row over all its tokens, read in place by a kernel.
 
@@ -33,6 +34,10 @@ def attend_packed(
         scale, softcap, sink_logits [H]: see `attend`.
         most_blocks: of any row, at least; decides how many programs share a row.
         is_mixed: blocks may have fewer planes than the layout says, as the entries of the table tell.
+        skip_below: the values of a block are not read where no token's weight, times the scale of its value, is above
+            this share of the largest so far (Yuan et al. 2025, arXiv 2512.12087, skip by the weights alone). Scores
+            are always read, so the softmax is exact; what is missing of a row is at most skip_below * tokens *
+            max_t |weight_t value_t|, times the ratio of the longest to the shortest code, which is close to 1.
     Returns:
         [B, H, T, Dv] in q's dtype, a new tensor; a row that holds no token gives zeros.
     Source: own; split-K decoding is Flash-Decoding's (Dao et al. 2023).
@@ -51,4 +56,5 @@ def attend_packed(
             sink_logits=sink_logits,
             most_blocks=most_blocks,
             is_mixed=is_mixed,
+            skip_below=skip_below,
         )

@@ -202,6 +202,48 @@ def _mean(base, QUARTER: tl.constexpr, QUARTER_PADDED: tl.constexpr, f: tl.const
 
 
 @triton.jit
+def _add_values(
+    acc0,
+    acc1,
+    acc2,
+    acc3,
+    shrink,
+    weights,
+    values_at,
+    value_planes,
+    n,
+    value_tail,
+    centroids,
+    registers,
+    DIM: tl.constexpr,
+    QUARTER: tl.constexpr,
+    QUARTER_PADDED: tl.constexpr,
+    PLANES: tl.constexpr,
+    IS_MIXED: tl.constexpr,
+    WARPS: tl.constexpr,
+    ON_GPU: tl.constexpr,
+):
+    """acc * shrink + weights @ values of a block, quarter by quarter; weights [R, 64] float32 or the values' dtype."""
+    if PLANES > 0:
+        a, y1, y2 = load_codes(values_at + 128, value_planes, n, QUARTER, QUARTER_PADDED, PLANES, IS_MIXED)
+        v0, v1, v2, v3 = decode_fields(
+            a, y1, y2, value_planes, centroids, registers, QUARTER, QUARTER_PADDED, PLANES, WARPS, ON_GPU
+        )
+    else:
+        plain = values_at.to(value_tail.dtype)
+        v0 = _plain(plain, DIM, n, n >= 0, QUARTER, QUARTER_PADDED, 0)
+        v1 = _plain(plain, DIM, n, n >= 0, QUARTER, QUARTER_PADDED, 1)
+        v2 = _plain(plain, DIM, n, n >= 0, QUARTER, QUARTER_PADDED, 2)
+        v3 = _plain(plain, DIM, n, n >= 0, QUARTER, QUARTER_PADDED, 3)
+    weights = weights.to(v0.dtype)
+    acc0 = _dot(weights, v0, acc0 * shrink[:, None], ON_GPU)
+    acc1 = _dot(weights, v1, acc1 * shrink[:, None], ON_GPU)
+    acc2 = _dot(weights, v2, acc2 * shrink[:, None], ON_GPU)
+    acc3 = _dot(weights, v3, acc3 * shrink[:, None], ON_GPU)
+    return acc0, acc1, acc2, acc3
+
+
+@triton.jit
 def _attend_blocks(
     anchor,
     entries,
@@ -224,6 +266,7 @@ def _attend_blocks(
     bias_table,
     position,
     softcap,
+    skip_below,
     centroids,
     registers,
     KEY_DIM: tl.constexpr,
@@ -240,6 +283,7 @@ def _attend_blocks(
     PAIRS_PADDED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
+    SKIPS: tl.constexpr,
     ROWS: tl.constexpr,
     SWAP: tl.constexpr,
     WARPS: tl.constexpr,
@@ -345,35 +389,37 @@ def _attend_blocks(
         weights = tl.exp2(s - new_top[:, None])
         if VALUE_PLANES > 0:
             masses = masses * shrink[:, None] + weights * inverse[None, :]
-            weights = (weights * (value_scale * inverse)[None, :]).to(tl.float16)
-            a, y1, y2 = load_codes(
-                values_at + 128, value_planes, n, VALUE_QUARTER, VALUE_QUARTER_PADDED, VALUE_PLANES, IS_MIXED
-            )
-            v0, v1, v2, v3 = decode_fields(
-                a,
-                y1,
-                y2,
+            weights = weights * (value_scale * inverse)[None, :]
+        else:
+            masses = masses * shrink[:, None] + weights
+        # no more than the threshold of the largest weight so far, in every real row
+        if SKIPS and tl.max(tl.max(tl.where(is_row[:, None], weights, 0.0), 1), 0) <= skip_below:
+            acc0 *= shrink[:, None]
+            acc1 *= shrink[:, None]
+            acc2 *= shrink[:, None]
+            acc3 *= shrink[:, None]
+        else:
+            acc0, acc1, acc2, acc3 = _add_values(
+                acc0,
+                acc1,
+                acc2,
+                acc3,
+                shrink,
+                weights,
+                values_at,
                 value_planes,
+                n,
+                value_tail,
                 centroids,
                 registers,
+                VALUE_DIM,
                 VALUE_QUARTER,
                 VALUE_QUARTER_PADDED,
                 VALUE_PLANES,
+                IS_MIXED,
                 WARPS,
                 ON_GPU,
             )
-        else:
-            masses = masses * shrink[:, None] + weights
-            plain = values_at.to(value_tail.dtype)
-            v0 = _plain(plain, VALUE_DIM, n, all_held, VALUE_QUARTER, VALUE_QUARTER_PADDED, 0)
-            v1 = _plain(plain, VALUE_DIM, n, all_held, VALUE_QUARTER, VALUE_QUARTER_PADDED, 1)
-            v2 = _plain(plain, VALUE_DIM, n, all_held, VALUE_QUARTER, VALUE_QUARTER_PADDED, 2)
-            v3 = _plain(plain, VALUE_DIM, n, all_held, VALUE_QUARTER, VALUE_QUARTER_PADDED, 3)
-            weights = weights.to(v0.dtype)
-        acc0 = _dot(weights, v0, acc0 * shrink[:, None], ON_GPU)
-        acc1 = _dot(weights, v1, acc1 * shrink[:, None], ON_GPU)
-        acc2 = _dot(weights, v2, acc2 * shrink[:, None], ON_GPU)
-        acc3 = _dot(weights, v3, acc3 * shrink[:, None], ON_GPU)
     return top, tl.sum(masses, 1), acc0, acc1, acc2, acc3
 
 
@@ -503,6 +549,7 @@ def _attend_split(
     scale,
     bias_scaling,
     softcap,
+    skip_below,
     KEY_DIM: tl.constexpr,
     KEY_QUARTER: tl.constexpr,
     KEY_QUARTER_PADDED: tl.constexpr,
@@ -517,6 +564,7 @@ def _attend_split(
     PAIRS_PADDED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
+    SKIPS: tl.constexpr,
     ROWS: tl.constexpr,
     SWAP: tl.constexpr,
     WARPS: tl.constexpr,
@@ -577,6 +625,7 @@ def _attend_split(
             bias_table,
             position,
             softcap,
+            skip_below,
             centroids,
             registers,
             KEY_DIM,
@@ -593,6 +642,7 @@ def _attend_split(
             PAIRS_PADDED,
             HAS_SOFTCAP,
             IS_CAUSAL,
+            SKIPS,
             ROWS,
             SWAP,
             WARPS,
@@ -667,6 +717,7 @@ def attend_packed(
     sink_logits: torch.Tensor | None,
     most_blocks: int,
     is_mixed: bool,
+    skip_below: float = 0.0,
     launch: Launch | None = None,
 ) -> torch.Tensor:
     """See `turboquant.ops.attend.attend_packed`."""
@@ -748,6 +799,7 @@ def attend_packed(
         scale,
         bias.scaling if bias is not None else 1.0,
         softcap or 1.0,
+        skip_below,
         KEY_DIM=key_dim,
         KEY_QUARTER=key_dim // 4,
         KEY_QUARTER_PADDED=key_quarter,
@@ -762,6 +814,7 @@ def attend_packed(
         PAIRS_PADDED=pairs_padded,
         HAS_SOFTCAP=softcap is not None,
         IS_CAUSAL=tokens > 1,
+        SKIPS=skip_below > 0,
         ROWS=launch.rows,
         SWAP=launch.swap,
         WARPS=launch.warps,
