@@ -163,6 +163,7 @@ def run_streamed(args: argparse.Namespace, watcher: PeakWatcher) -> Iterator[dic
         "terms": {term.name: term.nbytes for term in plan.terms},
         "allocator_peak_bytes": torch.cuda.max_memory_reserved(),
         "allocated_peak_bytes": torch.cuda.max_memory_allocated(),
+        "allocator_retries": torch.cuda.memory_stats()["num_alloc_retries"],
         "context_bytes": measured_context_bytes(torch.device("cuda")),
         "engine_link_bytes_per_s": engine.link_bytes_per_s,
     }

@@ -130,6 +130,17 @@ class StreamingEngine:
         assert self._runtime is not None  # noqa: S101  _ensure sets it or raises
         return self._runtime.model
 
+    def assemble(self, context: int, batch: int = 1) -> PreTrainedModel:
+        """The transformers model, assembled with room for `context` tokens of each of `batch` rows.
+
+        Raises:
+            ContextLengthError: the model was not made for that many tokens. DoesNotFitError: they do not fit.
+        """
+        if context > self.max_context:
+            raise _context_error(context, self.max_context)
+        with self._lock:
+            return self._ensure(context, batch).model
+
     @property
     def plan(self) -> Plan | None:
         """The plan of the assembled model; None before the first call."""

@@ -128,3 +128,9 @@ def offline_from_environment() -> bool:
     """
     names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     return any(os.environ.get(name, "").strip().lower() in {"1", "on", "yes", "true"} for name in names)
+
+
+def configures_allocator() -> bool:
+    """Whether the user has settings of torch's GPU allocator in the environment."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    return any(os.environ.get(name, "").strip() for name in names)

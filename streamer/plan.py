@@ -512,8 +512,17 @@ def _activation_bytes(architecture: Architecture, request: Request, chunk: int) 
     inner = _inner_width(architecture)
     in_norm = tokens * hidden * (2 * item + 8)
     in_attention = tokens * (2 * hidden + 5 * q_width + 3 * kv_width) * item
-    if architecture.dtype.itemsize == 4 and request.vram_bytes is not None and q_width > kv_width // 2:
-        in_attention += 2 * batch * prompt * q_width * item  # keys and values for every query head, see hf/dense.py
+    # keys and values for every query head, where FlashAttention does not serve (see hf/dense.py)
+    heads = int(config.num_attention_heads)
+    in_attention += max(
+        batch * prompt * heads * (shape.key_dim + shape.value_dim) * item
+        if shape.num_kv_heads < heads
+        and request.vram_bytes is not None
+        and not architecture.has_float32_attention
+        and (item == 4 or shape.key_dim != shape.value_dim or shape.key_dim > MOST_DIM)
+        else 0
+        for shape in shapes
+    )
     in_mlp = tokens * (2 * hidden + 4 * inner) * item
     of_prompt = 2 * batch * prompt * hidden * item + prompt * 6 * max(shape.key_dim for shape in shapes) * item
     # a layer's exact keys and values: a buffer for all chunks of the prompt, beside those of the chunk

@@ -1,6 +1,7 @@
 """Runtime: a model assembled for one plan, with the memory that it holds."""
 
-import os
+import logging
+import platform
 import sys
 import weakref
 from dataclasses import dataclass
@@ -12,12 +13,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from streamer.architecture import ABORT_PASS, Architecture, read_parameter
 from streamer.checkpoint import Checkpoint
 from streamer.model import RunSettings, StreamedLayer, assemble
+from streamer.options import configures_allocator
 from streamer.plan import CONTEXT_BYTES, CacheSettings, Plan
 from streamer.rates import LINK_BYTES, link_rate
 from streamer.stats import RunStats
 from streamer.weights import DeviceWeights, HostWeights, MappedWeights, PieceReader
 from turboquant import KeyBias
 from turboquant.hf import TurboQuantCache, install_cache, remove_cache
+
+logger = logging.getLogger("streamer")
+
+# What torch's allocator takes from a segment of large blocks.
+_LARGE_BLOCK_BYTES = 2 << 20
 
 # Share of the files in the page cache from which on a first pass is faster than new memory can be page-locked.
 _WARM_SHARE = 0.9
@@ -26,6 +33,8 @@ _WARM_SHARE = 0.9
 class CacheFactory:
     """Makes the caches of a model, and remembers the last one for the report.
 
+    Args:
+        like: an empty tensor of the dtype and device that caches will hold, and as many rows.
     Attributes:
         planned_tokens: what the plan has room for on a device; None grows in steps.
         capacity_tokens: allocate the next cache for that many tokens; planned_tokens unless it is set.
@@ -38,8 +47,9 @@ class CacheFactory:
         settings: CacheSettings,
         key_biases: list[KeyBias | None],
         planned_tokens: int | None,
+        like: torch.Tensor,
     ):
-        self._config, self._settings, self._key_biases = config, settings, key_biases
+        self._config, self._settings, self._key_biases, self._like = config, settings, key_biases, like
         self.planned_tokens = self.capacity_tokens = planned_tokens
         self.last: TurboQuantCache | None = None
         self.last_capacity: int | None = None
@@ -60,6 +70,7 @@ class CacheFactory:
             capacity_tokens=self.capacity_tokens,
             key_biases=self._key_biases,
         )
+        self.last.allocate(self._like.shape[0], self._like.dtype, self._like.device)
         return self.last
 
 
@@ -120,7 +131,7 @@ def build_runtime(
     has_cap = has_cap and device.type == "cuda"
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        _let_segments_grow()
+        _let_segments_grow(device)
     if has_cap:
         total = torch.cuda.get_device_properties(device).total_memory
         allowed = (plan.request.vram_bytes or total) - CONTEXT_BYTES
@@ -147,7 +158,8 @@ def build_runtime(
             torch.cuda.set_per_process_memory_fraction(1.0, device)
         raise
     planned_tokens = plan.request.context if device.type == "cuda" else None
-    caches = CacheFactory(architecture.config, plan.request.cache, key_biases, planned_tokens)
+    like = torch.empty(plan.request.batch, 0, dtype=architecture.dtype, device=device)
+    caches = CacheFactory(architecture.config, plan.request.cache, key_biases, planned_tokens, like)
     install_cache(model, caches.make)
     runtime = Runtime(plan, architecture, model, weights, caches, device, has_cap, link)
     abort = weakref.WeakMethod(runtime.abort)
@@ -161,18 +173,27 @@ def build_runtime(
     return runtime
 
 
-def _let_segments_grow() -> None:
-    """Ask torch's allocator for segments that grow, unless the user has settings of their own.
+def _let_segments_grow(device: torch.device) -> None:
+    """Ask torch's allocator for segments that grow, unless its settings are the user's own.
 
     Separate segments cannot be joined: activations of a prompt in chunks left 0.4 to 0.7 GB unusable between them
     [H100], beside what the plan counts. torch has a public name for this setting only in the environment, which is
     read before an engine exists.
     """
-    is_set = any(name in os.environ for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"))
     old = getattr(torch.cuda.memory, "_set_allocator_settings", None)
     change = getattr(torch._C, "_accelerator_setAllocatorSettings", old)  # which torch 2.10 brought
-    if sys.platform == "linux" and change is not None and not is_set:
-        change("expandable_segments:True")
+    # under WSL drivers have refused such segments in the middle of a run
+    is_plain_linux = sys.platform == "linux" and "microsoft" not in platform.release().lower()
+    if not is_plain_linux or change is None or configures_allocator():
+        return
+    change("expandable_segments:True")
+    try:
+        torch.empty(_LARGE_BLOCK_BYTES, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError:
+        return  # what comes next says so, with all it knows
+    except RuntimeError as error:
+        change("expandable_segments:False")
+        logger.warning("GPU memory comes in separate segments, the driver has no growing ones (%s)", error)
 
 
 def _host_weights(architecture: Architecture, plan: Plan, checkpoint: Checkpoint, device: torch.device) -> HostWeights:

@@ -5,6 +5,7 @@ Importing this imports neither torch nor transformers: the commands do when they
 
 from streamer.cli.bench import bench
 from streamer.cli.doctor import doctor
+from streamer.cli.evaluate import evaluate
 from streamer.cli.group import CommandGroup
 from streamer.cli.memory_report import memory_report
 from streamer.cli.run import run
@@ -20,7 +21,8 @@ main = CommandGroup(
       tq-stream run Qwen2.5-14B "Explain the tides" --bits 3 --vram 8GiB
       tq-stream memory-report Qwen2.5-14B --context 32768 --vram 24GiB
       tq-stream bench Qwen2.5-14B --vram 8GiB
+      tq-stream eval Qwen2.5-14B --text book.txt
       tq-stream doctor
     """,
-    commands=[run, memory_report, bench, doctor],
+    commands=[run, memory_report, bench, evaluate, doctor],
 )

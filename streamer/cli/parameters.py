@@ -1,7 +1,7 @@
 """Types and groups of options that several commands share; named as the arguments of StreamingEngine that they set."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -88,7 +88,7 @@ def _bits_option(name: str, text: str, default: str | None = None) -> Callable[[
     return click.option(name, type=click.Choice(_BITS), callback=_as_int, default=default, help=text)
 
 
-_ENGINE_OPTIONS = (
+_CACHE_OPTIONS = (
     _bits_option("--bits", "Bits of the KV cache; 16 leaves it uncompressed.", default="4"),
     _bits_option("--key-bits", "Bits of the keys, if not those of --bits."),
     _bits_option("--value-bits", "Bits of the values, if not those of --bits."),
@@ -99,6 +99,9 @@ _ENGINE_OPTIONS = (
         show_default=False,
         help='Layers whose cache stays uncompressed, e.g. "0,-1" (negative: from the last).',
     ),
+)
+
+_MACHINE_OPTIONS = (
     click.option("--vram", type=SIZE, help="GPU memory of the whole process, e.g. 8GiB.  [default: what is free]"),
     click.option(
         "--ram",
@@ -130,7 +133,16 @@ _ENGINE_OPTIONS = (
 
 def engine_options(command: _Command) -> _Command:
     """The options that a command hands to StreamingEngine as they are, under the names of its arguments."""
-    for option in reversed(_ENGINE_OPTIONS):
+    return _with_options(command, (*_CACHE_OPTIONS, *_MACHINE_OPTIONS))
+
+
+def machine_options(command: _Command) -> _Command:
+    """The same without those of the cache."""
+    return _with_options(command, _MACHINE_OPTIONS)
+
+
+def _with_options(command: _Command, options: Sequence[Callable[[_Command], _Command]]) -> _Command:
+    for option in reversed(options):
         command = option(command)
     return command
 

@@ -25,13 +25,17 @@ class Screen:
 
     def prefill(self, share: float) -> None:
         """Moves the bar of the prompt; share is 0 to 1."""
+        self.advance("reading the prompt", share)
+
+    def advance(self, what: str, share: float) -> None:
+        """Moves the bar of what is being done; share is 0 to 1."""
         if not self._shows_progress:
             return
         if self._progress is None:
-            columns = (TextColumn("reading the prompt"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+            columns = (TextColumn(what), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
             # transient: the answer starts on the line where the bar was
             self._progress = Progress(*columns, TimeElapsedColumn(), console=self._console, transient=True)
-            self._task = self._progress.add_task("prefill", total=1.0)
+            self._task = self._progress.add_task(what, total=1.0)
             self._progress.start()
         if self._task is not None:
             self._progress.update(self._task, completed=share)

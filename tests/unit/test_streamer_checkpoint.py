@@ -195,18 +195,21 @@ def test_a_single_file_goes_before_the_index(tmp_path: Path) -> None:
 
 
 def test_small_tensors_are_asked_for_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, int, int]] = []
+    asked: list[tuple[int, int, int, int]] = []
 
     def advise(file: int, start: int, size: int, advice: int) -> None:
-        asked.append((start, size, advice))
+        asked.append((os.fstat(file).st_ino, start, size, advice))
         raise OSError("no advice wanted")
 
     write_two_shards(tmp_path)
     with Checkpoint.open(tmp_path) as checkpoint:
         monkeypatch.setattr(os, "posix_fadvise", advise)
         checkpoint.will_need(["x", "z"])
-        wanted = [(span.start, span.nbytes, os.POSIX_FADV_WILLNEED) for span in checkpoint.spans(["x", "z"])]
-    assert asked == wanted
+        entries = [checkpoint.entry("x"), checkpoint.entry("z")]
+    assert entries[0].shard != entries[1].shard
+    assert asked == [
+        (entry.shard.stat().st_ino, entry.offset, entry.nbytes, os.POSIX_FADV_WILLNEED) for entry in entries
+    ]
 
 
 def test_spans_merge_what_touches(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import streamer.plan
 from make_checkpoint import SHAPES, write_checkpoint
@@ -281,3 +282,17 @@ def test_a_little_more_memory_costs_a_layer_at_most(qwen_14b: Architecture) -> N
     layer = qwen_14b.layer_bytes // 48
     for fewer, more in itertools.pairwise(plans):
         assert more.streamed_bytes <= 1.06 * fewer.streamed_bytes + layer
+
+
+def test_float32_prompts_count_keys_and_values_for_every_query_head(qwen_14b: Architecture) -> None:
+    """Where FlashAttention does not serve, heads of a group get keys of their own (turboquant/hf/dense.py)."""
+
+    def activations(architecture: Architecture, context: int) -> int:
+        plan = plan_of(architecture, context=context, vram_bytes=80 * GIB, prefill_chunk=128)
+        return next(term.nbytes for term in plan.terms if term.name == "activations")
+
+    wide = replace(qwen_14b, dtype=torch.float32)
+    # per token: hidden states in and out, rotary tables, one layer's exact keys and values, and those of 40 heads
+    shared = 2 * 5120 + 6 * 128 + 2 * 8 * 128
+    assert activations(qwen_14b, 30000) - activations(qwen_14b, 20000) == 10000 * 2 * shared
+    assert activations(wide, 30000) - activations(wide, 20000) == 10000 * 4 * (shared + 2 * 40 * 128)

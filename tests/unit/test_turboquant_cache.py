@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from turboquant import KeyBias, OptionError, TurboQuantCache, UnsupportedModelError, wrap
 from turboquant.hf import ATTENTION_NAME, CausalMask, CompressedLayer, DenseLayer, turboquant_attention
+from turboquant.hf.cache import layer_shape
 from turboquant.store import store_bytes
 
 LAYERS, HEADS, DIM = 3, 2, 16
@@ -158,36 +159,58 @@ def test_report_shows_what_is_held() -> None:
     assert cache.nbytes == 0
 
 
-def test_a_stated_capacity_is_allocated_with_the_first_tokens_of_the_first_layer() -> None:
+def test_a_stated_capacity_is_allocated_before_the_first_token() -> None:
     cache = TurboQuantCache(config(), 3, protected_layers=[-1], capacity_tokens=500)
-    keys, values = draw(1, HEADS, 10, DIM), draw(1, HEADS, 10, DIM, seed=1)
-    cache.update(keys, values, 0)
-    _, coded, dense = cache.layers
+    cache.allocate(1, torch.float32, torch.device("cpu"))
+    coded, _, dense = cache.layers
     assert isinstance(coded, CompressedLayer)
     assert isinstance(dense, DenseLayer)
     (slab,) = coded.store.tensors
     assert slab.nbytes == sum(coded.store.bytes_by_part().values())
     buffers = dense.keys, dense.values
-    assert [row.tokens for row in cache.report()] == [10, 0, 0]
+    assert [(row.kind, row.tokens) for row in cache.report()] == [("empty", 0)] * 3
     for _ in range(3):
-        cache.update(keys, values, 1)
-        cache.update(keys, values, 2)
+        fill(cache, 10)
     assert any(own.data_ptr() == slab.data_ptr() for own in coded.store.tensors)
     assert (dense.keys.data_ptr(), dense.values.data_ptr()) == tuple(own.data_ptr() for own in buffers)
     assert coded.store.lengths == (30,)
+    assert coded.store.nbytes == store_bytes(500, 1, HEADS, DIM, DIM, coded.store.options, torch.float32)
+    cache.allocate(1, torch.float32, torch.device("cpu"))  # what is there stays
+    assert cache.get_seq_length() == 30
 
 
-def test_layers_unlike_the_first_get_buffers_of_their_own() -> None:
-    """What was set aside by the config's shapes is given back where other keys come."""
+def test_nothing_is_allocated_ahead_without_a_capacity() -> None:
+    cache = TurboQuantCache(config(), 3, protected_layers=[-1])
+    cache.allocate(1, torch.float32, torch.device("cpu"))
+    assert cache.nbytes == 0
+
+
+def test_other_tokens_than_were_allocated_for_get_buffers_of_their_own() -> None:
     cache = TurboQuantCache(config(), 3, protected_layers=[-1], capacity_tokens=500)
-    cache.update(draw(1, HEADS, 10, DIM), draw(1, HEADS, 10, DIM), 0)
+    cache.allocate(1, torch.bfloat16, torch.device("cpu"))
     keys, values = draw(2, 3, 10, 32), draw(2, 3, 10, 8, seed=1)
-    cache.update(keys, values, 1)
+    cache.update(keys, values, 0)
     cache.update(keys, values, 2)
-    coded = cache.layers[1].store  # type: ignore[union-attr]
+    coded = cache.layers[0].store  # type: ignore[union-attr]
     assert coded.nbytes == store_bytes(500, 2, 3, 32, 8, coded.options, torch.float32)
     assert torch.equal(cache.layers[2].keys[:, :, :10], keys)  # type: ignore[union-attr]
     assert cache.layers[2].keys.shape == (2, 3, 500, 32)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "heads"),
+    [
+        ("falcon", {"multi_query": True}, 1),
+        ("falcon", {"multi_query": False}, 4),
+        ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}, 2),
+        ("gpt_bigcode", {"multi_query": True}, 1),
+        ("llama", {}, HEADS),
+    ],
+)
+def test_heads_of_keys_are_those_of_the_model(model_type: str, changes: dict[str, Any], heads: int) -> None:
+    own = {"num_key_value_heads": HEADS} if model_type == "llama" else {}
+    made = AutoConfig.for_model(model_type, hidden_size=64, num_attention_heads=4, **own, **changes)
+    assert layer_shape(made, 0).num_kv_heads == heads
 
 
 @pytest.mark.parametrize("capacity", [None, 5, 700])

@@ -462,15 +462,19 @@ class TurboQuantCache(Cache):
                 attention,
                 ATTENTION_NAME,
             )
-        layer = self.layers[layer_idx]
-        if isinstance(layer, (CompressedLayer, DenseLayer)) and not layer.is_initialized:
-            self._allocate(key_states)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def _allocate(self, like: torch.Tensor) -> None:
-        """The buffers of all layers for the stated capacity, where the config tells their shapes.
+    def allocate(self, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Allocate the stated capacity of all layers at once, before the first token.
 
-        Together and first: between the activations of a prompt they would leave holes that nothing fits.
+        Layer by layer, between the activations of a prompt, buffers leave holes that nothing else fits. Layers that
+        hold something stay as they are; without a stated capacity nothing is done. Tokens of another shape, dtype or
+        device than the config and these arguments tell get buffers of their own when they come.
+
+        Args:
+            batch: rows to come. dtype, device: of their keys and values.
+        Raises:
+            ShapeError: the config does not tell a layer's shape, or not one that can be coded.
         """
         if self._capacity_tokens is None:
             return
@@ -478,8 +482,8 @@ class TurboQuantCache(Cache):
             if not isinstance(layer, (CompressedLayer, DenseLayer)) or layer.is_initialized:
                 continue
             shape = layer_shape(self.config, i)
-            keys = like.new_empty(like.shape[0], shape.num_kv_heads, 0, shape.key_dim)
-            values = like.new_empty(like.shape[0], shape.num_kv_heads, 0, shape.value_dim)
+            keys = torch.empty(batch, shape.num_kv_heads, 0, shape.key_dim, dtype=dtype, device=device)
+            values = torch.empty(batch, shape.num_kv_heads, 0, shape.value_dim, dtype=dtype, device=device)
             if isinstance(layer, CompressedLayer):
                 layer.store.set_aside(keys, values)
             else:
@@ -544,7 +548,9 @@ def _report_layer(index: int, layer: Any) -> LayerReport:
     held = layer.keys.nbytes + layer.values.nbytes if layer.is_initialized and layer.keys is not None else 0
     kind = "sliding window" if isinstance(layer, DynamicSlidingWindowLayer) else "dense"
     parts = {"codes": 0, "scales": 0, "means": 0, "dense": held, "rotation": 0, "bias": 0, "tables": 0}
-    return LayerReport(index, kind if held else "empty", 16, 16, layer.get_seq_length(), 0, held, parts, held)
+    return LayerReport(
+        index, kind if layer.get_seq_length() else "empty", 16, 16, layer.get_seq_length(), 0, held, parts, held
+    )
 
 
 def plain_cache_layers(config: PreTrainedConfig) -> list[Any]:
@@ -585,7 +591,9 @@ def layer_shape(config: PreTrainedConfig, layer: int) -> LayerShape:
     own: Any = config if per_layer is None else per_layer[layer]
     heads = own.num_attention_heads
     head_dim = getattr(own, "head_dim", None) or own.hidden_size // heads
-    kv_heads = getattr(own, "num_key_value_heads", None) or heads
+    kv_heads = getattr(own, "num_key_value_heads", None) or getattr(own, "num_kv_heads", None) or heads
+    if getattr(own, "multi_query", False) and not getattr(own, "new_decoder_architecture", False):
+        kv_heads = 1  # Falcon, GPT-BigCode
     if not isinstance(kv_heads, int):
         raise ShapeError(f"num_key_value_heads of {config.model_type} is {kv_heads!r}; one number was expected")
     value_dim = getattr(own, "v_head_dim", None) or head_dim

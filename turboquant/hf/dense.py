@@ -4,6 +4,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -50,8 +51,7 @@ def dense_attention(
     """
     tokens, length = q.shape[2], keys.shape[2]
     plain = softcap is None and sink_logits is None
-    # transformers' function takes the rest; in float32 it ends in a kernel that makes all [H, T, S] scores
-    if plain and mask is None and q.is_cuda and tokens > 1 and (tokens < length or q.dtype == torch.float32):
+    if plain and mask is None and q.is_cuda and tokens > 1:
         with _without_cudnn(q):
             return _causal(q, keys, values, scale)
     full = _full_mask(mask, tokens, length, q.device)
@@ -64,10 +64,10 @@ def dense_attention(
 
 def _causal(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
     """Bottom-right causal attention without a [T, S] mask, which would push SDPA to a slower kernel."""
-    if q.dtype == torch.float32:
-        # FlashAttention does not serve it, and the memory-efficient kernel takes no groups of heads
-        groups = q.shape[1] // keys.shape[1]
-        keys, values = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (keys, values))
+    groups = q.shape[1] // keys.shape[1]
+    if groups > 1 and not can_use_flash_attention(SDPAParams(q, keys, values, None, 0.0, True, True)):
+        # the memory-efficient kernel takes no groups of heads, and what comes after it makes all [H, T, S] scores
+        keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))
     return nn.functional.scaled_dot_product_attention(
         q,
         keys,

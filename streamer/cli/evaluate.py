@@ -1,0 +1,125 @@
+"""tq-stream eval: what a compressed cache costs a model's answers, on the user's own text."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from streamer.cli.group import CONTEXT_SETTINGS
+from streamer.cli.parameters import TOKENS, import_engine, machine_options, quiet_libraries, refuse_gpu_options
+from streamer.cli.screen import Screen
+from streamer.errors import OptionError
+
+if TYPE_CHECKING:
+    from streamer.quality import Quality
+
+
+@click.command("eval", context_settings=CONTEXT_SETTINGS)
+@click.argument("model")
+@click.option(
+    "--text",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    required=True,
+    help="A text in UTF-8 to read, as long as --windows times --window-tokens.",
+)
+@click.option(
+    "--setting",
+    "settings",
+    multiple=True,
+    default=("4", "3", "2"),
+    help="A cache to judge, given once for each: bits, or options of TurboQuantCache as in key_bits=4,value_bits=2.",
+)
+@click.option("--windows", type=click.IntRange(min=1), default=4, help="Pieces of the text, each with a new cache.")
+@click.option("--window-tokens", type=click.IntRange(min=3), default=1024, help="Tokens of each.")
+@click.option("--skip-characters", type=click.IntRange(min=0), default=0, help="Characters of the text to leave out.")
+@click.option("--prefill", type=TOKENS, default=128, help="Tokens that are read as a prompt, before those that count.")
+@click.option("--step", type=TOKENS, default=1, help="Tokens of each call after that; 1 is decoding.")
+@machine_options
+@click.option("--json", "as_json", is_flag=True, allow_from_autoenv=False, help="Print JSON; nats, bytes, shares.")
+def evaluate(
+    model: str,
+    text: Path,
+    settings: tuple[str, ...],
+    windows: int,
+    window_tokens: int,
+    skip_characters: int,
+    prefill: int,
+    step: int,
+    as_json: bool,
+    **engine_arguments: Any,
+) -> None:
+    """Compare MODEL with a compressed cache to MODEL with an uncompressed one, on a text.
+
+    The text is read token by token, by MODEL with an uncompressed cache and with each setting; what is predicted is
+    compared at every position: KL is the divergence from the uncompressed prediction, in nats. MODEL and
+    TQ_STREAM_<OPTION> are as in tq-stream run.
+
+    \b
+    Examples:
+      tq-stream eval Qwen2.5-14B --text book.txt
+      tq-stream eval ./my-model --text book.txt --setting 3 --setting key_bits=4,value_bits=2 --windows 1
+    """
+    context = engine_arguments.pop("context")
+    if context is not None and context < window_tokens:
+        raise click.UsageError(
+            f"--context {context} has no room for windows of {window_tokens} tokens: leave --context out, or give "
+            f"--window-tokens {context} or fewer"
+        )
+    refuse_gpu_options()
+    import_engine()
+    from streamer.engine import StreamingEngine
+    from streamer.quality import measure_quality, parse_setting, text_windows
+
+    wanted = [parse_setting(setting) for setting in settings]
+    with (
+        Screen(shows_progress=True) as screen,
+        quiet_libraries(hide_progress=False),
+        StreamingEngine(model, bits=16, on_note=screen.line, **engine_arguments) as engine,
+    ):
+        ids = engine.encode(_read(text)[skip_characters:], chat_template=False)
+        pieces = text_windows(ids, windows, window_tokens)
+        # room for the uncompressed cache and, as if they were no smaller, all others
+        assembled = engine.assemble(window_tokens, 1 + len(wanted))
+        counted = "1 window" if windows == 1 else f"{windows} windows"
+        screen.line(f"reading {counted} of {window_tokens} tokens, {prefill} of each as a prompt")
+        found = measure_quality(
+            assembled,
+            pieces,
+            wanted,
+            prefill=prefill,
+            step=step,
+            on_progress=lambda read, of: screen.advance("reading the text", read / of),
+        )
+        dtype = str(assembled.dtype).removeprefix("torch.")
+    if as_json:
+        how = {"windows": windows, "window_tokens": window_tokens, "prefill": prefill, "step": step, "dtype": dtype}
+        click.echo(json.dumps({"model": model, "text": str(text)} | how | {"settings": [asdict(q) for q in found]}))
+    else:
+        click.echo(_described(found, window_tokens, dtype))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise OptionError(f"--text {path} is not UTF-8 (byte {error.start}): convert it, as with iconv") from error
+
+
+def _described(found: list["Quality"], window_tokens: int, dtype: str) -> str:
+    """A table to read, one line for each setting."""
+    first = found[0]
+    width = max(len("setting"), *(len(quality.setting) for quality in found))
+    lines = [
+        f"{first.positions} positions, {dtype}; uncompressed: perplexity {first.reference_perplexity:.3f}, "
+        f"{first.uncompressed_nbytes / window_tokens:.0f} bytes/token",
+        f"{'setting':{width}}  {'KL mean':>8} {'KL p99':>8} {'perplexity':>10} {'same top token':>14} "
+        f"{'bytes/token':>11} {'held in all':>11}",
+    ]
+    lines += [
+        f"{q.setting:{width}}  {q.kl_mean:8.5f} {q.kl_p99:8.4f} {q.perplexity:10.3f} {100 * q.top1:12.2f} % "
+        f"{q.bytes_per_token:11.0f} {100 * q.nbytes / q.uncompressed_nbytes:9.0f} %"
+        for q in found
+    ]
+    return "\n".join(lines)
