@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     "--text",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     required=True,
-    help="A text in UTF-8 to read, as long as --windows times --window-tokens.",
+    help="A text in UTF-8, long enough for all windows.",
 )
 @click.option(
     "--setting",
