@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.option(
     "--text",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=click.Path(path_type=Path),
     required=True,
     help="A text in UTF-8, long enough for all windows.",
 )
@@ -68,6 +68,7 @@ def evaluate(
             f"--window-tokens {context} or fewer"
         )
     refuse_gpu_options()
+    words = _read(text)[skip_characters:]
     import_engine()
     from streamer.engine import StreamingEngine
     from streamer.quality import measure_quality, parse_setting, text_windows
@@ -78,7 +79,7 @@ def evaluate(
         quiet_libraries(hide_progress=False),
         StreamingEngine(model, bits=16, on_note=screen.line, **engine_arguments) as engine,
     ):
-        ids = engine.encode(_read(text)[skip_characters:], chat_template=False)
+        ids = engine.encode(words, chat_template=False)
         pieces = text_windows(ids, windows, window_tokens)
         # room for the uncompressed cache and, as if they were no smaller, all others
         assembled = engine.assemble(window_tokens, 1 + len(wanted))
@@ -101,6 +102,8 @@ def evaluate(
 
 
 def _read(path: Path) -> str:
+    if not path.is_file():
+        raise OptionError(f"--text {path} is no file: give the path of a text in UTF-8")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -61,6 +61,7 @@ def test_eval_json_says_how_it_was_measured(tiny: Path, text: Path) -> None:
         (("--prefill", "299"), "prefill from 1 to 298", 2),
         (("--window-tokens", "5000"), "5000", 2),
         (("--context", "50"), "--context 50 has no room for windows of 300 tokens", 2),
+        (("--text", "nowhere.txt"), "--text nowhere.txt is no file", 2),
         (("--vram", "8GiB"), "--vram is for a GPU, and this command would use the CPU", 2),
     ],
 )
