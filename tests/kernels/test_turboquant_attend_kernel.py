@@ -11,7 +11,7 @@ from covering import pairwise
 from packed_tokens import Case, make_layer
 
 from turboquant.errors import OptionError
-from turboquant.ops.attend import attend_packed, bias_terms
+from turboquant.ops.attend import attend_packed, bias_terms, kernel
 from turboquant.policy import Precision
 from turboquant.store import StoreOptions
 
@@ -131,6 +131,27 @@ def test_further_shapes_in_the_interpreter(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", FURTHER, ids=name_of)
 def test_further_shapes_on_a_gpu(case: dict[str, Any]) -> None:
     check(Case(**({"lengths": (5000,), "dtype": torch.float32} | case)), "cuda")
+
+
+AHEAD: list[dict[str, Any]] = [
+    {"has_bias": True},
+    {"has_bias": False},
+    {"has_bias": True, "has_means": False, "queries": 3},
+    {"has_bias": True, "lengths": (700, 0, 201), "heads_per_group": 5, "key_dim": 64},
+    {"has_bias": True, "lengths": (500,), "is_aged": True, "softcap": 20.0},
+    {"has_bias": True, "key_bits": 16},
+    {"has_bias": True, "key_dim": 80, "rotary_dim": 64},
+    {"has_bias": True, "lengths": (63,)},
+    {"has_bias": True, "heads_per_group": 8, "queries": 2, "interleaved": True, "dtype": torch.bfloat16},
+]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("case", AHEAD, ids=name_of)
+def test_key_terms_found_ahead(case: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in long rows, which the interpreter would take hours for."""
+    monkeypatch.setattr(kernel, "_TERMS_BLOCKS", 1)
+    check(Case(**({"groups": 2, "lengths": (700,), "dtype": torch.float32} | case)), device)
 
 
 def test_a_broken_vector_shows(monkeypatch: pytest.MonkeyPatch) -> None:

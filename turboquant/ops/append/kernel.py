@@ -6,7 +6,7 @@ import triton.language as tl
 
 from turboquant.layout import PackedTokens
 from turboquant.ops.attend.bias import BiasTerms
-from turboquant.ops.attend.kernel import turned
+from turboquant.ops.attend.parts import turned
 
 # Tokens of a program. The same whatever the call brings, so that a token's result does not depend on its neighbours.
 _TOKENS = 16

@@ -1,15 +1,17 @@
 """attend over packed blocks on the GPU: queries rotated, splits of the tokens in parallel, their results merged.
 
-Three launches. `prepare_rows` rotates the queries and folds the key bias into them; `_attend_split` reads the planes
-in place, every program a share of the blocks of one KV head (some more programs the sinks and the recent window);
-`merge_rows` joins the shares by log-sum-exp and turns the result back. What changes from step to step (lengths,
-blocks, their addresses) is read from device memory, so that a captured graph can be replayed.
+Three launches, or four. `prepare_rows` rotates the queries and folds the key bias into them; `_attend_split` reads the
+planes in place, every program a share of the blocks of one KV head (some more programs the sinks and the recent
+window); `merge_rows` joins the shares by log-sum-exp and turns the result back. In long rows `key_terms` finds the
+scores of block means and the key bias before. What changes from step to step (lengths, blocks, their addresses) is
+read from device memory, so that a captured graph can be replayed.
 
 A head is multiplied quarter by quarter, as a byte of plane 0 holds one coordinate of each quarter: what a thread
 decodes goes to shared memory in short rows, whose stores and loads meet no bank twice.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -17,7 +19,22 @@ import triton.language as tl
 
 from turboquant.layout import BLOCK_TOKENS, PackedTokens
 from turboquant.ops.attend.bias import BiasTerms
+from turboquant.ops.attend.parts import (
+    add_scores,
+    add_scores_dense,
+    bias_of_tokens,
+    by_row,
+    dot,
+    mean_quarter,
+    no_scores,
+    place,
+    plain_quarter,
+    rotated_quarter,
+    token_of,
+    turned,
+)
 from turboquant.ops.attend.rows import merge_rows, prepare_rows
+from turboquant.ops.attend.terms import key_terms
 from turboquant.ops.devices import capability, is_interpreted, multiprocessors
 from turboquant.ops.unpack.kernel import decode_fields, load_codes, tables
 
@@ -51,99 +68,12 @@ _LAUNCHES: dict[int, list[tuple[int, int, Launch]]] = {
     ],
 }
 
+# Key terms of up to that many query rows of a KV head are found by a launch of their own, from that many blocks on,
+# that many blocks by a program.
+_TERMS_ROWS, _TERMS_BLOCKS, _TERMS_TILE = 16, 256, 8
+
 # A share of fewer blocks costs more in merging than it gains in parallel.
 _LEAST_BLOCKS = 2
-
-
-@triton.jit
-def turned(position, frequency):
-    """cos and sin of position * frequency. frequency: int64, in 2^-64 turns, so that the product drops whole turns.
-
-    Polynomials of a quarter turn, from Cephes (Moshier), sinf.c: absolute error below 1e-7. The library's functions
-    would bring a reduction of large angles along, which needs local memory.
-    """
-    turns = (position.to(tl.int64) * frequency) >> 32
-    quarter = (turns + (1 << 29)) >> 30
-    x = (turns - (quarter << 30)).to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2^32
-    quarter = quarter.to(tl.int32)
-    z = x * x
-    sin = ((-1.9515295891e-4 * z + 8.3321608736e-3) * z - 1.6666654611e-1) * z * x + x
-    cos = ((2.443315711809948e-5 * z - 1.388731625493765e-3) * z + 4.166664568298827e-2) * z * z - 0.5 * z + 1
-    is_odd = quarter % 2 != 0
-    turned_cos = tl.where(is_odd, sin, cos) * tl.where((quarter + 1) & 2 != 0, -1.0, 1.0)
-    turned_sin = tl.where(is_odd, cos, sin) * tl.where(quarter & 2 != 0, -1.0, 1.0)
-    return turned_cos, turned_sin
-
-
-@triton.jit
-def _high_and_low(x, dtype: tl.constexpr):
-    """x as a sum of two numbers of a shorter dtype: twice its digits."""
-    high = x.to(dtype)
-    return high, (x - high.to(tl.float32)).to(dtype)
-
-
-@triton.jit
-def _dot(a, b, acc, ON_GPU: tl.constexpr):
-    """acc + a @ b; Triton's interpreter would multiply the bits of bfloat16."""
-    if not ON_GPU:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="tf32x3")
-
-
-@triton.jit
-def _rotated(q, at, is_row, QUARTER_PADDED: tl.constexpr, f: tl.constexpr):
-    """Quarter f of the rotated queries [R, QUARTER_PADDED] float32."""
-    j = f * QUARTER_PADDED + tl.arange(0, QUARTER_PADDED)
-    return tl.load(q + at[:, None] * (4 * QUARTER_PADDED) + j[None, :], mask=is_row[:, None], other=0)
-
-
-@triton.jit
-def _plain(base, row_stride, n, is_held, QUARTER: tl.constexpr, QUARTER_PADDED: tl.constexpr, f: tl.constexpr):
-    """Quarter f of 64 vectors of the model's dtype, [64, QUARTER_PADDED]."""
-    j = tl.arange(0, QUARTER_PADDED)
-    at = base + n[:, None] * row_stride + (f * QUARTER + j)[None, :]
-    return tl.load(at, mask=is_held[:, None] & (j < QUARTER)[None, :], other=0)
-
-
-@triton.jit
-def _add_scores(s, q, keys, SWAP: tl.constexpr, ON_GPU: tl.constexpr):
-    """s + q [R, D] . keys [N, D] -> [R, N] float32; swapped, s is [N, R]: tokens are the product's rows."""
-    if SWAP:
-        s = _dot(keys, tl.trans(q), s, ON_GPU)
-    else:
-        s = _dot(q, tl.trans(keys), s, ON_GPU)
-    return s
-
-
-@triton.jit
-def _add_scores_dense(s, q, keys, SWAP: tl.constexpr, ON_GPU: tl.constexpr):
-    """The same of float32 q and keys of the model's dtype, with all digits of q."""
-    if keys.dtype == tl.float32:
-        s = _add_scores(s, q, keys, SWAP, ON_GPU)
-    else:
-        high, low = _high_and_low(q, keys.dtype)
-        s = _add_scores(s, high, keys, SWAP, ON_GPU)
-        s = _add_scores(s, low, keys, SWAP, ON_GPU)
-    return s
-
-
-@triton.jit
-def _no_scores(ROWS: tl.constexpr, SWAP: tl.constexpr):
-    """Scores of 64 tokens to add to."""
-    if SWAP:
-        s = tl.zeros((64, ROWS), tl.float32)
-    else:
-        s = tl.zeros((ROWS, 64), tl.float32)
-    return s
-
-
-@triton.jit
-def _by_row(s, SWAP: tl.constexpr):
-    """Scores as [R, N]."""
-    if SWAP:
-        s = tl.trans(s)
-    return s
 
 
 @triton.jit
@@ -155,50 +85,12 @@ def _capped(s, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _place(
-    anchor,
-    entry,
-    head,
-    KEY_BYTES: tl.constexpr,
-    VALUE_BYTES: tl.constexpr,
-    KEY_QUARTER: tl.constexpr,
-    VALUE_QUARTER: tl.constexpr,
-    KEY_PLANES: tl.constexpr,
-    VALUE_PLANES: tl.constexpr,
-    IS_MIXED: tl.constexpr,
-):
-    """Where a head's share of a record begins, and its values; how many planes they have."""
-    if IS_MIXED:
-        key_planes = (entry & 3).to(tl.int32)
-        value_planes = ((entry >> 2) & 3).to(tl.int32)
-    else:
-        key_planes = KEY_PLANES
-        value_planes = VALUE_PLANES
-    key_bytes = KEY_BYTES
-    value_bytes = VALUE_BYTES
-    if KEY_PLANES > 0:
-        key_bytes += (key_planes - 1) * (32 * KEY_QUARTER)
-    if VALUE_PLANES > 0:
-        value_bytes += (value_planes - 1) * (32 * VALUE_QUARTER)
-    keys = anchor + tl.multiple_of(entry & -16, 16) + tl.multiple_of(head * (key_bytes + value_bytes), 16)
-    return keys, keys + tl.multiple_of(key_bytes, 16), key_planes, value_planes
-
-
-@triton.jit
 def _scale(base, IS_CODED: tl.constexpr, n):
     """The scales of 64 coded vectors, float32; nothing of others."""
     scale = n
     if IS_CODED:
         scale = tl.load(base.to(tl.pointer_type(tl.float16)) + n).to(tl.float32)
     return scale
-
-
-@triton.jit
-def _mean(base, QUARTER: tl.constexpr, QUARTER_PADDED: tl.constexpr, f: tl.constexpr):
-    """Quarter f of the mean of a block's keys, float32."""
-    j = tl.arange(0, QUARTER_PADDED)
-    at = base.to(tl.pointer_type(tl.float16)) + 64 + f * QUARTER + j
-    return tl.load(at, mask=j < QUARTER, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -231,15 +123,15 @@ def _add_values(
         )
     else:
         plain = values_at.to(value_tail.dtype)
-        v0 = _plain(plain, DIM, n, n >= 0, QUARTER, QUARTER_PADDED, 0)
-        v1 = _plain(plain, DIM, n, n >= 0, QUARTER, QUARTER_PADDED, 1)
-        v2 = _plain(plain, DIM, n, n >= 0, QUARTER, QUARTER_PADDED, 2)
-        v3 = _plain(plain, DIM, n, n >= 0, QUARTER, QUARTER_PADDED, 3)
+        v0 = plain_quarter(plain, DIM, n, n >= 0, QUARTER, QUARTER_PADDED, 0)
+        v1 = plain_quarter(plain, DIM, n, n >= 0, QUARTER, QUARTER_PADDED, 1)
+        v2 = plain_quarter(plain, DIM, n, n >= 0, QUARTER, QUARTER_PADDED, 2)
+        v3 = plain_quarter(plain, DIM, n, n >= 0, QUARTER, QUARTER_PADDED, 3)
     weights = weights.to(v0.dtype)
-    acc0 = _dot(weights, v0, acc0 * shrink[:, None], ON_GPU)
-    acc1 = _dot(weights, v1, acc1 * shrink[:, None], ON_GPU)
-    acc2 = _dot(weights, v2, acc2 * shrink[:, None], ON_GPU)
-    acc3 = _dot(weights, v3, acc3 * shrink[:, None], ON_GPU)
+    acc0 = dot(weights, v0, acc0 * shrink[:, None], ON_GPU)
+    acc1 = dot(weights, v1, acc1 * shrink[:, None], ON_GPU)
+    acc2 = dot(weights, v2, acc2 * shrink[:, None], ON_GPU)
+    acc3 = dot(weights, v3, acc3 * shrink[:, None], ON_GPU)
     return acc0, acc1, acc2, acc3
 
 
@@ -267,6 +159,8 @@ def _attend_blocks(
     position,
     softcap,
     skip_below,
+    terms,
+    term_rows,
     centroids,
     registers,
     KEY_DIM: tl.constexpr,
@@ -277,9 +171,12 @@ def _attend_blocks(
     VALUE_QUARTER_PADDED: tl.constexpr,
     KEY_PLANES: tl.constexpr,
     VALUE_PLANES: tl.constexpr,
+    KEY_BYTES: tl.constexpr,
+    VALUE_BYTES: tl.constexpr,
     IS_MIXED: tl.constexpr,
     HAS_MEANS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    READS_TERMS: tl.constexpr,
     PAIRS_PADDED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
@@ -290,12 +187,10 @@ def _attend_blocks(
     ON_GPU: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The blocks [first, last) of `entries`; q0 to q3 [ROWS, KEY_QUARTER_PADDED] float32."""
-    # bytes of the sides of a record, but for the 1-bit planes of coded ones
-    ITEM_BYTES: tl.constexpr = key_tail.dtype.element_ty.primitive_bitwidth // 8
-    MEAN_BYTES: tl.constexpr = 2 * KEY_DIM if HAS_MEANS else 0
-    KEY_BYTES: tl.constexpr = 128 + MEAN_BYTES + 64 * KEY_QUARTER if KEY_PLANES > 0 else 64 * KEY_DIM * ITEM_BYTES
-    VALUE_BYTES: tl.constexpr = 128 + 64 * VALUE_QUARTER if VALUE_PLANES > 0 else 64 * VALUE_DIM * ITEM_BYTES
+    """The blocks [first, last) of `entries`; q0 to q3 [ROWS, KEY_QUARTER_PADDED] float32.
+
+    terms: what `key_terms` has found for this head, where READS_TERMS; term_rows: [ROWS], where rows begin in it.
+    """
     n = tl.arange(0, 64)
     all_held = n >= 0
     top = tl.full((ROWS,), -1e30, tl.float32)
@@ -309,7 +204,7 @@ def _attend_blocks(
     h1 = q1.to(tl.float16)
     h2 = q2.to(tl.float16)
     h3 = q3.to(tl.float16)
-    if HAS_BIAS:
+    if HAS_BIAS and not READS_TERMS:
         # the query turned back to the first token of the block, block after block, meets one table of 64 angles
         i = tl.arange(0, PAIRS_PADDED)
         frequency = tl.load(frequencies + i)
@@ -325,46 +220,54 @@ def _attend_blocks(
         turns = tl.load(bias_table + n[:, None] * (2 * PAIRS_PADDED) + two[None, :])
     for block in tl.range(first, last, num_stages=STAGES):
         entry = tl.load(entries + block)
-        keys_at, values_at, key_planes, value_planes = _place(
+        keys_at, values_at, key_planes, value_planes = place(
             anchor, entry, head, KEY_BYTES, VALUE_BYTES, KEY_QUARTER, VALUE_QUARTER, KEY_PLANES, VALUE_PLANES, IS_MIXED
         )
         key_scale = _scale(keys_at, KEY_PLANES > 0, n)
         value_scale = _scale(values_at, VALUE_PLANES > 0, n)
-        s = _no_scores(ROWS, SWAP)
+        s = no_scores(ROWS, SWAP)
         if KEY_PLANES > 0:
             a, y1, y2 = load_codes(
-                keys_at + (128 + MEAN_BYTES), key_planes, n, KEY_QUARTER, KEY_QUARTER_PADDED, KEY_PLANES, IS_MIXED
+                keys_at + (128 + (2 * KEY_DIM if HAS_MEANS else 0)),
+                key_planes,
+                n,
+                KEY_QUARTER,
+                KEY_QUARTER_PADDED,
+                KEY_PLANES,
+                IS_MIXED,
             )
             k0, k1, k2, k3 = decode_fields(
                 a, y1, y2, key_planes, centroids, registers, KEY_QUARTER, KEY_QUARTER_PADDED, KEY_PLANES, WARPS, ON_GPU
             )
-            s = _add_scores(s, h0, k0, SWAP, ON_GPU)
-            s = _add_scores(s, h1, k1, SWAP, ON_GPU)
-            s = _add_scores(s, h2, k2, SWAP, ON_GPU)
-            s = _add_scores(s, h3, k3, SWAP, ON_GPU)
-            s = _by_row(s, SWAP) * key_scale[None, :]
-            if HAS_MEANS:
-                by_mean = q0 * _mean(keys_at, KEY_QUARTER, KEY_QUARTER_PADDED, 0)[None, :]
-                by_mean += q1 * _mean(keys_at, KEY_QUARTER, KEY_QUARTER_PADDED, 1)[None, :]
-                by_mean += q2 * _mean(keys_at, KEY_QUARTER, KEY_QUARTER_PADDED, 2)[None, :]
-                by_mean += q3 * _mean(keys_at, KEY_QUARTER, KEY_QUARTER_PADDED, 3)[None, :]
+            s = add_scores(s, h0, k0, SWAP, ON_GPU)
+            s = add_scores(s, h1, k1, SWAP, ON_GPU)
+            s = add_scores(s, h2, k2, SWAP, ON_GPU)
+            s = add_scores(s, h3, k3, SWAP, ON_GPU)
+            s = by_row(s, SWAP) * key_scale[None, :]
+            if HAS_MEANS and not READS_TERMS:
+                by_mean = q0 * mean_quarter(keys_at, True, KEY_QUARTER, KEY_QUARTER_PADDED, 0)
+                by_mean += q1 * mean_quarter(keys_at, True, KEY_QUARTER, KEY_QUARTER_PADDED, 1)
+                by_mean += q2 * mean_quarter(keys_at, True, KEY_QUARTER, KEY_QUARTER_PADDED, 2)
+                by_mean += q3 * mean_quarter(keys_at, True, KEY_QUARTER, KEY_QUARTER_PADDED, 3)
                 s += tl.sum(by_mean, 1)[:, None]
         else:
             plain = keys_at.to(key_tail.dtype)
-            k0 = _plain(plain, KEY_DIM, n, all_held, KEY_QUARTER, KEY_QUARTER_PADDED, 0)
-            k1 = _plain(plain, KEY_DIM, n, all_held, KEY_QUARTER, KEY_QUARTER_PADDED, 1)
-            k2 = _plain(plain, KEY_DIM, n, all_held, KEY_QUARTER, KEY_QUARTER_PADDED, 2)
-            k3 = _plain(plain, KEY_DIM, n, all_held, KEY_QUARTER, KEY_QUARTER_PADDED, 3)
-            s = _add_scores_dense(s, q0, k0, SWAP, ON_GPU)
-            s = _add_scores_dense(s, q1, k1, SWAP, ON_GPU)
-            s = _add_scores_dense(s, q2, k2, SWAP, ON_GPU)
-            s = _add_scores_dense(s, q3, k3, SWAP, ON_GPU)
-            s = _by_row(s, SWAP)
+            k0 = plain_quarter(plain, KEY_DIM, n, all_held, KEY_QUARTER, KEY_QUARTER_PADDED, 0)
+            k1 = plain_quarter(plain, KEY_DIM, n, all_held, KEY_QUARTER, KEY_QUARTER_PADDED, 1)
+            k2 = plain_quarter(plain, KEY_DIM, n, all_held, KEY_QUARTER, KEY_QUARTER_PADDED, 2)
+            k3 = plain_quarter(plain, KEY_DIM, n, all_held, KEY_QUARTER, KEY_QUARTER_PADDED, 3)
+            s = add_scores_dense(s, q0, k0, SWAP, ON_GPU)
+            s = add_scores_dense(s, q1, k1, SWAP, ON_GPU)
+            s = add_scores_dense(s, q2, k2, SWAP, ON_GPU)
+            s = add_scores_dense(s, q3, k3, SWAP, ON_GPU)
+            s = by_row(s, SWAP)
         s = s * row_scale[:, None]
-        if HAS_BIAS:
+        if READS_TERMS:
+            s += tl.load(terms + 64 * block + term_rows[:, None] + n[None, :], mask=is_row[:, None], other=0)
+        elif HAS_BIAS:
             both = tl.reshape(tl.join(along_cos, along_sin), (ROWS, 2 * PAIRS_PADDED))
             # the table holds cos - 1, which keeps the digits of slowly turning pairs
-            bias = _by_row(_add_scores_dense(_no_scores(ROWS, SWAP), both, turns, SWAP, ON_GPU), SWAP)
+            bias = by_row(add_scores_dense(no_scores(ROWS, SWAP), both, turns, SWAP, ON_GPU), SWAP)
             bias += tl.sum(along_cos, 1)[:, None]
             s += bias * bias_scale[:, None] + constant[:, None]
             along_cos, along_sin = (
@@ -444,6 +347,7 @@ def _attend_tail(
     frequencies,
     position,
     softcap,
+    terms,
     KEY_DIM: tl.constexpr,
     KEY_QUARTER: tl.constexpr,
     KEY_QUARTER_PADDED: tl.constexpr,
@@ -451,44 +355,39 @@ def _attend_tail(
     VALUE_QUARTER: tl.constexpr,
     VALUE_QUARTER_PADDED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    READS_TERMS: tl.constexpr,
     PAIRS_PADDED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr,
     SWAP: tl.constexpr,
     ON_GPU: tl.constexpr,
 ):
-    """64 slots of one head's tail: sinks, then the ring of recent tokens. key_tail, value_tail: of that head."""
+    """64 slots of one head's tail: sinks, then the ring of recent tokens. key_tail, value_tail: of that head.
+
+    terms: [ROWS] pointers to what `key_terms` has found for the tail's first slot, where READS_TERMS.
+    """
     slot = first_slot + tl.arange(0, 64)
-    ring = slots - sinks
-    end = length - sinks
-    # the newest token that lies in each slot of the ring
-    newest = tl.maximum(end, 1) - 1
-    in_ring = newest - (newest - (slot - sinks) + ring) % ring
-    is_sink = slot < sinks
-    token = tl.where(is_sink, slot, sinks + in_ring)
-    is_recent = (slot >= sinks) & (slot < tl.where(end > 0, slots, 0)) & (in_ring >= 64 * blocks)
-    is_held = (is_sink & (slot < length)) | is_recent
-    k0 = _plain(key_tail, KEY_DIM, slot, is_held, KEY_QUARTER, KEY_QUARTER_PADDED, 0)
-    k1 = _plain(key_tail, KEY_DIM, slot, is_held, KEY_QUARTER, KEY_QUARTER_PADDED, 1)
-    k2 = _plain(key_tail, KEY_DIM, slot, is_held, KEY_QUARTER, KEY_QUARTER_PADDED, 2)
-    k3 = _plain(key_tail, KEY_DIM, slot, is_held, KEY_QUARTER, KEY_QUARTER_PADDED, 3)
-    s = _no_scores(ROWS, SWAP)
-    s = _add_scores_dense(s, q0, k0, SWAP, ON_GPU)
-    s = _add_scores_dense(s, q1, k1, SWAP, ON_GPU)
-    s = _add_scores_dense(s, q2, k2, SWAP, ON_GPU)
-    s = _add_scores_dense(s, q3, k3, SWAP, ON_GPU)
-    s = _by_row(s, SWAP) * row_scale[:, None]
+    token, in_ring = token_of(slot, slots, sinks, length)
+    is_recent = (slot >= sinks) & (slot < tl.where(length > sinks, slots, 0)) & (in_ring >= 64 * blocks)
+    is_held = ((slot < sinks) & (slot < length)) | is_recent
+    k0 = plain_quarter(key_tail, KEY_DIM, slot, is_held, KEY_QUARTER, KEY_QUARTER_PADDED, 0)
+    k1 = plain_quarter(key_tail, KEY_DIM, slot, is_held, KEY_QUARTER, KEY_QUARTER_PADDED, 1)
+    k2 = plain_quarter(key_tail, KEY_DIM, slot, is_held, KEY_QUARTER, KEY_QUARTER_PADDED, 2)
+    k3 = plain_quarter(key_tail, KEY_DIM, slot, is_held, KEY_QUARTER, KEY_QUARTER_PADDED, 3)
+    s = no_scores(ROWS, SWAP)
+    s = add_scores_dense(s, q0, k0, SWAP, ON_GPU)
+    s = add_scores_dense(s, q1, k1, SWAP, ON_GPU)
+    s = add_scores_dense(s, q2, k2, SWAP, ON_GPU)
+    s = add_scores_dense(s, q3, k3, SWAP, ON_GPU)
+    s = by_row(s, SWAP) * row_scale[:, None]
     if HAS_BIAS:
-        # few pairs at a time: all angles of 64 tokens at once would not fit the registers
-        bias = _no_scores(ROWS, SWAP)
-        for start in tl.static_range(0, PAIRS_PADDED, 16):
-            i = start + tl.arange(0, 16)
-            cos, sin = turned(token[:, None], tl.load(frequencies + i)[None, :])
-            along_cos = tl.load(coefficients[:, None] + i[None, :], mask=is_row[:, None], other=0)
-            along_sin = tl.load(coefficients[:, None] + PAIRS_PADDED + i[None, :], mask=is_row[:, None], other=0)
-            bias = _add_scores(bias, along_cos, cos, SWAP, ON_GPU)
-            bias = _add_scores(bias, along_sin, sin, SWAP, ON_GPU)
-        s += _by_row(bias, SWAP) * bias_scale[:, None] + constant[:, None]
+        if READS_TERMS:
+            s += tl.load(terms[:, None] + slot[None, :], mask=is_row[:, None] & is_held[None, :], other=0)
+        else:
+            bias = bias_of_tokens(
+                token, coefficients, is_row, frequencies, no_scores(ROWS, SWAP), PAIRS_PADDED, SWAP, ON_GPU
+            )
+            s += by_row(bias, SWAP) * bias_scale[:, None] + constant[:, None]
     s = _capped(s, softcap, HAS_SOFTCAP)
     s = tl.where(is_held[None, :] & (token[None, :] <= position[:, None]), s, float("-inf"))
     top = tl.maximum(tl.max(s, 1), -1e30)
@@ -496,17 +395,17 @@ def _attend_tail(
     mass = tl.sum(weights, 1)
     weights = weights.to(value_tail.dtype.element_ty)
     none = tl.zeros((ROWS, VALUE_QUARTER_PADDED), tl.float32)
-    v0 = _plain(value_tail, VALUE_DIM, slot, is_held, VALUE_QUARTER, VALUE_QUARTER_PADDED, 0)
-    v1 = _plain(value_tail, VALUE_DIM, slot, is_held, VALUE_QUARTER, VALUE_QUARTER_PADDED, 1)
-    v2 = _plain(value_tail, VALUE_DIM, slot, is_held, VALUE_QUARTER, VALUE_QUARTER_PADDED, 2)
-    v3 = _plain(value_tail, VALUE_DIM, slot, is_held, VALUE_QUARTER, VALUE_QUARTER_PADDED, 3)
+    v0 = plain_quarter(value_tail, VALUE_DIM, slot, is_held, VALUE_QUARTER, VALUE_QUARTER_PADDED, 0)
+    v1 = plain_quarter(value_tail, VALUE_DIM, slot, is_held, VALUE_QUARTER, VALUE_QUARTER_PADDED, 1)
+    v2 = plain_quarter(value_tail, VALUE_DIM, slot, is_held, VALUE_QUARTER, VALUE_QUARTER_PADDED, 2)
+    v3 = plain_quarter(value_tail, VALUE_DIM, slot, is_held, VALUE_QUARTER, VALUE_QUARTER_PADDED, 3)
     return (
         top,
         mass,
-        _dot(weights, v0, none, ON_GPU),
-        _dot(weights, v1, none, ON_GPU),
-        _dot(weights, v2, none, ON_GPU),
-        _dot(weights, v3, none, ON_GPU),
+        dot(weights, v0, none, ON_GPU),
+        dot(weights, v1, none, ON_GPU),
+        dot(weights, v2, none, ON_GPU),
+        dot(weights, v3, none, ON_GPU),
     )
 
 
@@ -550,6 +449,8 @@ def _attend_split(
     bias_scaling,
     softcap,
     skip_below,
+    terms,
+    terms_stride,
     KEY_DIM: tl.constexpr,
     KEY_QUARTER: tl.constexpr,
     KEY_QUARTER_PADDED: tl.constexpr,
@@ -558,9 +459,12 @@ def _attend_split(
     VALUE_QUARTER_PADDED: tl.constexpr,
     KEY_PLANES: tl.constexpr,
     VALUE_PLANES: tl.constexpr,
+    KEY_BYTES: tl.constexpr,
+    VALUE_BYTES: tl.constexpr,
     IS_MIXED: tl.constexpr,
     HAS_MEANS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    READS_TERMS: tl.constexpr,
     PAIRS_PADDED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
@@ -587,10 +491,10 @@ def _attend_split(
     blocks = tl.maximum(tl.load(coded + b), (length - sinks - window) // 64)
     # a query that was padding sees the first token
     position = tl.maximum(length - tokens + r % tokens, 0)
-    q0 = _rotated(q, at, is_row, KEY_QUARTER_PADDED, 0)
-    q1 = _rotated(q, at, is_row, KEY_QUARTER_PADDED, 1)
-    q2 = _rotated(q, at, is_row, KEY_QUARTER_PADDED, 2)
-    q3 = _rotated(q, at, is_row, KEY_QUARTER_PADDED, 3)
+    q0 = rotated_quarter(q, at, is_row, KEY_QUARTER_PADDED, 0)
+    q1 = rotated_quarter(q, at, is_row, KEY_QUARTER_PADDED, 1)
+    q2 = rotated_quarter(q, at, is_row, KEY_QUARTER_PADDED, 2)
+    q3 = rotated_quarter(q, at, is_row, KEY_QUARTER_PADDED, 3)
     if not HAS_SOFTCAP:
         scale *= 1.4426950408889634  # log2 e: scores in base 2
     row_scale = tl.load(factor + at * 4, mask=is_row, other=0) * scale
@@ -626,6 +530,8 @@ def _attend_split(
             position,
             softcap,
             skip_below,
+            terms + bg.to(tl.int64) * rows * terms_stride,
+            r * terms_stride,
             centroids,
             registers,
             KEY_DIM,
@@ -636,9 +542,12 @@ def _attend_split(
             VALUE_QUARTER_PADDED,
             KEY_PLANES,
             VALUE_PLANES,
+            KEY_BYTES,
+            VALUE_BYTES,
             IS_MIXED,
             HAS_MEANS,
             HAS_BIAS,
+            READS_TERMS,
             PAIRS_PADDED,
             HAS_SOFTCAP,
             IS_CAUSAL,
@@ -670,6 +579,7 @@ def _attend_split(
             frequencies,
             position,
             softcap,
+            terms + at * terms_stride + (terms_stride - 64 * (tl.num_programs(0) - splits)),
             KEY_DIM,
             KEY_QUARTER,
             KEY_QUARTER_PADDED,
@@ -677,6 +587,7 @@ def _attend_split(
             VALUE_QUARTER,
             VALUE_QUARTER_PADDED,
             HAS_BIAS,
+            READS_TERMS,
             PAIRS_PADDED,
             HAS_SOFTCAP,
             ROWS,
@@ -761,10 +672,61 @@ def attend_packed(
         INTERLEAVED=bias is not None and bias.interleaved,
         CHUNK=32,
     )
+    tails = -(-slots // BLOCK_TOKENS)
+    sides: dict[str, Any] = {
+        "KEY_DIM": key_dim,
+        "KEY_QUARTER": key_dim // 4,
+        "KEY_QUARTER_PADDED": key_quarter,
+        "VALUE_QUARTER": value_dim // 4,
+        "KEY_PLANES": layout.key.num_planes,
+        "VALUE_PLANES": layout.value.num_planes,
+        # of the sides of a record, but for the 1-bit planes of coded ones
+        "KEY_BYTES": layout.key.nbytes - sum(layout.key.plane_bytes[1:]),
+        "VALUE_BYTES": layout.value.nbytes - sum(layout.value.plane_bytes[1:]),
+        "IS_MIXED": is_mixed,
+        "HAS_MEANS": layout.key.mean_bytes > 0,
+        "HAS_BIAS": bias is not None,
+        "PAIRS_PADDED": pairs_padded,
+        "HAS_SOFTCAP": softcap is not None,
+        "ON_GPU": not is_interpreted(),
+    }
+    frequencies, bias_table = (bias.frequencies, bias.table) if bias is not None else (packed.table, factor)
+    bias_scaling = bias.scaling if bias is not None else 1.0
+    terms = None
+    if rows <= _TERMS_ROWS and most_blocks >= _TERMS_BLOCKS and (bias is not None or layout.key.mean_bytes):
+        terms = torch.empty(batch * groups * rows, 64 * (most_blocks + tails), dtype=torch.float32, device=device)
+        tile = _TERMS_TILE if key_dim <= 128 else _TERMS_TILE // 4  # of wide heads more would not fit the registers
+        block_tiles = -(-most_blocks // tile)
+        key_terms[(block_tiles + tails, batch * groups)](
+            packed.anchor,
+            packed.table,
+            packed.table.stride(0),
+            packed.lengths,
+            packed.coded,
+            rotated,
+            factor,
+            coefficients,
+            frequencies,
+            bias_table,
+            terms,
+            terms.stride(0),
+            groups,
+            heads_per_group,
+            tokens,
+            packed.sinks,
+            packed.window,
+            slots,
+            block_tiles,
+            scale,
+            bias_scaling,
+            BLOCKS=tile,
+            ROWS=8 if rows <= 8 else _TERMS_ROWS,
+            **sides,
+            num_warps=8 if rows > 8 or key_dim > 128 else 4,
+        )
     tiles = -(-rows // launch.rows)
     wanted = launch.programs * multiprocessors(device)
     # all programs run at once: one too many would wait for the others and double the time
-    tails = -(-slots // BLOCK_TOKENS)
     splits = min(max(wanted // (batch * groups * tiles) - tails, 1), -(-most_blocks // _LEAST_BLOCKS))
     parts = splits + tails
     top = torch.empty(batch * groups, parts, rows, dtype=torch.float32, device=device)
@@ -782,8 +744,8 @@ def attend_packed(
         rotated,
         factor,
         coefficients,
-        bias.frequencies if bias is not None else packed.table,
-        bias.table if bias is not None else centroids,
+        frequencies,
+        bias_table,
         centroids,
         registers,
         top,
@@ -797,28 +759,20 @@ def attend_packed(
         slots,
         splits,
         scale,
-        bias.scaling if bias is not None else 1.0,
+        bias_scaling,
         softcap or 1.0,
         skip_below,
-        KEY_DIM=key_dim,
-        KEY_QUARTER=key_dim // 4,
-        KEY_QUARTER_PADDED=key_quarter,
+        terms if terms is not None else factor,
+        64 * (most_blocks + tails),
         VALUE_DIM=value_dim,
-        VALUE_QUARTER=value_dim // 4,
         VALUE_QUARTER_PADDED=value_quarter,
-        KEY_PLANES=layout.key.num_planes,
-        VALUE_PLANES=layout.value.num_planes,
-        IS_MIXED=is_mixed,
-        HAS_MEANS=layout.key.mean_bytes > 0,
-        HAS_BIAS=bias is not None,
-        PAIRS_PADDED=pairs_padded,
-        HAS_SOFTCAP=softcap is not None,
+        READS_TERMS=terms is not None,
         IS_CAUSAL=tokens > 1,
         SKIPS=skip_below > 0,
         ROWS=launch.rows,
         SWAP=launch.swap,
         WARPS=launch.warps,
-        ON_GPU=not is_interpreted(),
+        **sides,
         STAGES=launch.stages,
         num_warps=launch.warps,
         num_stages=launch.stages,

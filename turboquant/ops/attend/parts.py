@@ -1,0 +1,164 @@
+"""Functions that the kernels of attend share: products, angles, and where things lie."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def turned(position, frequency):
+    """cos and sin of position * frequency. frequency: int64, in 2^-64 turns, so that the product drops whole turns.
+
+    Polynomials of a quarter turn, from Cephes (Moshier), sinf.c: absolute error below 1e-7. The library's functions
+    would bring a reduction of large angles along, which needs local memory.
+    """
+    turns = (position.to(tl.int64) * frequency) >> 32
+    quarter = (turns + (1 << 29)) >> 30
+    x = (turns - (quarter << 30)).to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2^32
+    quarter = quarter.to(tl.int32)
+    z = x * x
+    sin = ((-1.9515295891e-4 * z + 8.3321608736e-3) * z - 1.6666654611e-1) * z * x + x
+    cos = ((2.443315711809948e-5 * z - 1.388731625493765e-3) * z + 4.166664568298827e-2) * z * z - 0.5 * z + 1
+    is_odd = quarter % 2 != 0
+    turned_cos = tl.where(is_odd, sin, cos) * tl.where((quarter + 1) & 2 != 0, -1.0, 1.0)
+    turned_sin = tl.where(is_odd, cos, sin) * tl.where(quarter & 2 != 0, -1.0, 1.0)
+    return turned_cos, turned_sin
+
+
+@triton.jit
+def high_and_low(x, dtype: tl.constexpr):
+    """x as a sum of two numbers of a shorter dtype: twice its digits."""
+    high = x.to(dtype)
+    return high, (x - high.to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def dot(a, b, acc, ON_GPU: tl.constexpr):
+    """acc + a @ b; Triton's interpreter would multiply the bits of bfloat16."""
+    if not ON_GPU:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="tf32x3")
+
+
+@triton.jit
+def rotated_quarter(q, at, is_row, QUARTER_PADDED: tl.constexpr, f: tl.constexpr):
+    """Quarter f of the rotated queries [R, QUARTER_PADDED] float32."""
+    j = f * QUARTER_PADDED + tl.arange(0, QUARTER_PADDED)
+    return tl.load(q + at[:, None] * (4 * QUARTER_PADDED) + j[None, :], mask=is_row[:, None], other=0)
+
+
+@triton.jit
+def plain_quarter(base, row_stride, n, is_held, QUARTER: tl.constexpr, QUARTER_PADDED: tl.constexpr, f: tl.constexpr):
+    """Quarter f of 64 vectors of the model's dtype, [64, QUARTER_PADDED]."""
+    j = tl.arange(0, QUARTER_PADDED)
+    at = base + n[:, None] * row_stride + (f * QUARTER + j)[None, :]
+    return tl.load(at, mask=is_held[:, None] & (j < QUARTER)[None, :], other=0)
+
+
+@triton.jit
+def add_scores(s, q, keys, SWAP: tl.constexpr, ON_GPU: tl.constexpr):
+    """s + q [R, D] . keys [N, D] -> [R, N] float32; swapped, s is [N, R]: tokens are the product's rows."""
+    if SWAP:
+        s = dot(keys, tl.trans(q), s, ON_GPU)
+    else:
+        s = dot(q, tl.trans(keys), s, ON_GPU)
+    return s
+
+
+@triton.jit
+def add_scores_dense(s, q, keys, SWAP: tl.constexpr, ON_GPU: tl.constexpr):
+    """The same of float32 q and keys of the model's dtype, with all digits of q."""
+    if keys.dtype == tl.float32:
+        s = add_scores(s, q, keys, SWAP, ON_GPU)
+    else:
+        high, low = high_and_low(q, keys.dtype)
+        s = add_scores(s, high, keys, SWAP, ON_GPU)
+        s = add_scores(s, low, keys, SWAP, ON_GPU)
+    return s
+
+
+@triton.jit
+def no_scores(ROWS: tl.constexpr, SWAP: tl.constexpr):
+    """Scores of 64 tokens to add to."""
+    if SWAP:
+        s = tl.zeros((64, ROWS), tl.float32)
+    else:
+        s = tl.zeros((ROWS, 64), tl.float32)
+    return s
+
+
+@triton.jit
+def by_row(s, SWAP: tl.constexpr):
+    """Scores as [R, N]."""
+    if SWAP:
+        s = tl.trans(s)
+    return s
+
+
+@triton.jit
+def place(
+    anchor,
+    entry,
+    head,
+    KEY_BYTES: tl.constexpr,
+    VALUE_BYTES: tl.constexpr,
+    KEY_QUARTER: tl.constexpr,
+    VALUE_QUARTER: tl.constexpr,
+    KEY_PLANES: tl.constexpr,
+    VALUE_PLANES: tl.constexpr,
+    IS_MIXED: tl.constexpr,
+):
+    """Where a head's share of a record begins, and its values; how many planes they have."""
+    if IS_MIXED:
+        key_planes = (entry & 3).to(tl.int32)
+        value_planes = ((entry >> 2) & 3).to(tl.int32)
+    else:
+        key_planes = KEY_PLANES
+        value_planes = VALUE_PLANES
+    key_bytes = KEY_BYTES
+    value_bytes = VALUE_BYTES
+    if KEY_PLANES > 0:
+        key_bytes += (key_planes - 1) * (32 * KEY_QUARTER)
+    if VALUE_PLANES > 0:
+        value_bytes += (value_planes - 1) * (32 * VALUE_QUARTER)
+    keys = anchor + tl.multiple_of(entry & -16, 16) + tl.multiple_of(head * (key_bytes + value_bytes), 16)
+    return keys, keys + tl.multiple_of(key_bytes, 16), key_planes, value_planes
+
+
+@triton.jit
+def mean_quarter(keys_at, is_block, QUARTER: tl.constexpr, QUARTER_PADDED: tl.constexpr, f: tl.constexpr):
+    """Quarter f of the means of blocks' keys, float32 [.., QUARTER_PADDED]; keys_at, is_block: [.., 1]."""
+    j = tl.arange(0, QUARTER_PADDED)[None, :]
+    at = keys_at.to(tl.pointer_type(tl.float16)) + 64 + f * QUARTER + j
+    return tl.load(at, mask=is_block & (j < QUARTER), other=0).to(tl.float32)
+
+
+@triton.jit
+def token_of(slot, slots, sinks, length):
+    """The newest token that lies in each slot of a tail, and its place behind the sinks."""
+    ring = slots - sinks
+    newest = tl.maximum(length - sinks, 1) - 1
+    in_ring = newest - (newest - (slot - sinks) + ring) % ring
+    return tl.where(slot < sinks, slot, sinks + in_ring), in_ring
+
+
+@triton.jit
+def bias_of_tokens(
+    token,
+    coefficients,
+    is_row,
+    frequencies,
+    bias,
+    PAIRS_PADDED: tl.constexpr,
+    SWAP: tl.constexpr,
+    ON_GPU: tl.constexpr,
+):
+    """bias + scores [R, N] of the rotated key bias at tokens [N]; few pairs at a time: angles take many registers."""
+    for start in tl.static_range(0, PAIRS_PADDED, 16):
+        i = start + tl.arange(0, 16)
+        cos, sin = turned(token[:, None], tl.load(frequencies + i)[None, :])
+        along_cos = tl.load(coefficients[:, None] + i[None, :], mask=is_row[:, None], other=0)
+        along_sin = tl.load(coefficients[:, None] + PAIRS_PADDED + i[None, :], mask=is_row[:, None], other=0)
+        bias = add_scores(bias, along_cos, cos, SWAP, ON_GPU)
+        bias = add_scores(bias, along_sin, sin, SWAP, ON_GPU)
+    return bias
