@@ -59,7 +59,7 @@ def evaluate(
     \b
     Examples:
       tq-stream eval Qwen2.5-14B --text book.txt
-      tq-stream eval ./my-model --text book.txt --setting 3 --setting key_bits=4,value_bits=2 --windows 1
+      tq-stream eval ./my-model --text book.txt --setting 3 --setting key_bits=4,value_bits=2
     """
     context = engine_arguments.pop("context")
     if context is not None and context < window_tokens:
