@@ -171,20 +171,23 @@ def measure_quality(
         )
     tallies = [_Tally() for _ in settings]
     uncompressed = 0
+    calls = _calls(tokens, prefill, step)
+    half = max((stop for _, stop in calls if stop <= tokens // 2), default=prefill)
     for w in range(count):
         ids = windows[w : w + 1].to(model.device)
         reference = DynamicCache(config=model.config)
         caches = [TurboQuantCache(model, **setting.options) for setting in settings]
-        for start, stop in _calls(tokens, prefill, step):
+        for start, stop in calls:
             wanted = _log_probabilities(model, ids[:, start:stop], reference)
             next_ids = ids[0, start + 1 : stop + 1]  # the window's last token has no next
             for cache, tally in zip(caches, tallies, strict=True):
                 found = _log_probabilities(model, ids[:, start:stop], cache)
                 if start and next_ids.numel():  # the first call is exact
                     tally.add(wanted[: next_ids.numel()], found[: next_ids.numel()], next_ids)
-                tally.nbytes = cache.nbytes
-                if stop <= tokens // 2 or start == 0:
-                    tally.half_bytes, tally.half_tokens = tally.nbytes, stop
+                if stop == half:
+                    tally.half_bytes, tally.half_tokens = cache.nbytes, stop
+                if stop == tokens:
+                    tally.nbytes = cache.nbytes
             if on_progress is not None:
                 on_progress(w * tokens + stop, count * tokens)
         layers: list[Any] = reference.layers

@@ -28,8 +28,9 @@ from turboquant.ops.attend.parts import (
     mean_quarter,
     no_scores,
     place,
-    plain_quarter,
+    plain_quarters,
     rotated_quarter,
+    row_factors,
     token_of,
     turned,
 )
@@ -123,10 +124,7 @@ def _add_values(
         )
     else:
         plain = values_at.to(value_tail.dtype)
-        v0 = plain_quarter(plain, DIM, n, n >= 0, QUARTER, QUARTER_PADDED, 0)
-        v1 = plain_quarter(plain, DIM, n, n >= 0, QUARTER, QUARTER_PADDED, 1)
-        v2 = plain_quarter(plain, DIM, n, n >= 0, QUARTER, QUARTER_PADDED, 2)
-        v3 = plain_quarter(plain, DIM, n, n >= 0, QUARTER, QUARTER_PADDED, 3)
+        v0, v1, v2, v3 = plain_quarters(plain, DIM, n, n >= 0, QUARTER, QUARTER_PADDED)
     weights = weights.to(v0.dtype)
     acc0 = dot(weights, v0, acc0 * shrink[:, None], ON_GPU)
     acc1 = dot(weights, v1, acc1 * shrink[:, None], ON_GPU)
@@ -252,10 +250,7 @@ def _attend_blocks(
                 s += tl.sum(by_mean, 1)[:, None]
         else:
             plain = keys_at.to(key_tail.dtype)
-            k0 = plain_quarter(plain, KEY_DIM, n, all_held, KEY_QUARTER, KEY_QUARTER_PADDED, 0)
-            k1 = plain_quarter(plain, KEY_DIM, n, all_held, KEY_QUARTER, KEY_QUARTER_PADDED, 1)
-            k2 = plain_quarter(plain, KEY_DIM, n, all_held, KEY_QUARTER, KEY_QUARTER_PADDED, 2)
-            k3 = plain_quarter(plain, KEY_DIM, n, all_held, KEY_QUARTER, KEY_QUARTER_PADDED, 3)
+            k0, k1, k2, k3 = plain_quarters(plain, KEY_DIM, n, all_held, KEY_QUARTER, KEY_QUARTER_PADDED)
             s = add_scores_dense(s, q0, k0, SWAP, ON_GPU)
             s = add_scores_dense(s, q1, k1, SWAP, ON_GPU)
             s = add_scores_dense(s, q2, k2, SWAP, ON_GPU)
@@ -370,10 +365,7 @@ def _attend_tail(
     token, in_ring = token_of(slot, slots, sinks, length)
     is_recent = (slot >= sinks) & (slot < tl.where(length > sinks, slots, 0)) & (in_ring >= 64 * blocks)
     is_held = ((slot < sinks) & (slot < length)) | is_recent
-    k0 = plain_quarter(key_tail, KEY_DIM, slot, is_held, KEY_QUARTER, KEY_QUARTER_PADDED, 0)
-    k1 = plain_quarter(key_tail, KEY_DIM, slot, is_held, KEY_QUARTER, KEY_QUARTER_PADDED, 1)
-    k2 = plain_quarter(key_tail, KEY_DIM, slot, is_held, KEY_QUARTER, KEY_QUARTER_PADDED, 2)
-    k3 = plain_quarter(key_tail, KEY_DIM, slot, is_held, KEY_QUARTER, KEY_QUARTER_PADDED, 3)
+    k0, k1, k2, k3 = plain_quarters(key_tail, KEY_DIM, slot, is_held, KEY_QUARTER, KEY_QUARTER_PADDED)
     s = no_scores(ROWS, SWAP)
     s = add_scores_dense(s, q0, k0, SWAP, ON_GPU)
     s = add_scores_dense(s, q1, k1, SWAP, ON_GPU)
@@ -395,10 +387,7 @@ def _attend_tail(
     mass = tl.sum(weights, 1)
     weights = weights.to(value_tail.dtype.element_ty)
     none = tl.zeros((ROWS, VALUE_QUARTER_PADDED), tl.float32)
-    v0 = plain_quarter(value_tail, VALUE_DIM, slot, is_held, VALUE_QUARTER, VALUE_QUARTER_PADDED, 0)
-    v1 = plain_quarter(value_tail, VALUE_DIM, slot, is_held, VALUE_QUARTER, VALUE_QUARTER_PADDED, 1)
-    v2 = plain_quarter(value_tail, VALUE_DIM, slot, is_held, VALUE_QUARTER, VALUE_QUARTER_PADDED, 2)
-    v3 = plain_quarter(value_tail, VALUE_DIM, slot, is_held, VALUE_QUARTER, VALUE_QUARTER_PADDED, 3)
+    v0, v1, v2, v3 = plain_quarters(value_tail, VALUE_DIM, slot, is_held, VALUE_QUARTER, VALUE_QUARTER_PADDED)
     return (
         top,
         mass,
@@ -495,14 +484,7 @@ def _attend_split(
     q1 = rotated_quarter(q, at, is_row, KEY_QUARTER_PADDED, 1)
     q2 = rotated_quarter(q, at, is_row, KEY_QUARTER_PADDED, 2)
     q3 = rotated_quarter(q, at, is_row, KEY_QUARTER_PADDED, 3)
-    if not HAS_SOFTCAP:
-        scale *= 1.4426950408889634  # log2 e: scores in base 2
-    row_scale = tl.load(factor + at * 4, mask=is_row, other=0) * scale
-    bias_scale = row_scale
-    constant = row_scale
-    if HAS_BIAS:
-        bias_scale = tl.load(factor + at * 4 + 1, mask=is_row, other=0) * (scale * bias_scaling)
-        constant = tl.load(factor + at * 4 + 2, mask=is_row, other=0) * scale
+    row_scale, bias_scale, constant = row_factors(factor, at, is_row, scale, bias_scaling, HAS_BIAS, HAS_SOFTCAP)
 
     if split < splits:
         share = (blocks + splits - 1) // splits

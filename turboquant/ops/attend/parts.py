@@ -48,11 +48,36 @@ def rotated_quarter(q, at, is_row, QUARTER_PADDED: tl.constexpr, f: tl.constexpr
 
 
 @triton.jit
-def plain_quarter(base, row_stride, n, is_held, QUARTER: tl.constexpr, QUARTER_PADDED: tl.constexpr, f: tl.constexpr):
+def row_factors(factor, at, is_row, scale, bias_scaling, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """What `prepare_rows` has left of rows `at`: factors of the scores and of the key bias's, and its constant part."""
+    if not HAS_SOFTCAP:
+        scale *= 1.4426950408889634  # log2 e: scores in base 2
+    row_scale = tl.load(factor + at * 4, mask=is_row, other=0) * scale
+    bias_scale = row_scale
+    constant = row_scale
+    if HAS_BIAS:
+        bias_scale = tl.load(factor + at * 4 + 1, mask=is_row, other=0) * (scale * bias_scaling)
+        constant = tl.load(factor + at * 4 + 2, mask=is_row, other=0) * scale
+    return row_scale, bias_scale, constant
+
+
+@triton.jit
+def _plain_quarter(base, row_stride, n, is_held, QUARTER: tl.constexpr, QUARTER_PADDED: tl.constexpr, f: tl.constexpr):
     """Quarter f of 64 vectors of the model's dtype, [64, QUARTER_PADDED]."""
     j = tl.arange(0, QUARTER_PADDED)
     at = base + n[:, None] * row_stride + (f * QUARTER + j)[None, :]
     return tl.load(at, mask=is_held[:, None] & (j < QUARTER)[None, :], other=0)
+
+
+@triton.jit
+def plain_quarters(base, row_stride, n, is_held, QUARTER: tl.constexpr, QUARTER_PADDED: tl.constexpr):
+    """64 vectors of the model's dtype as four tensors [64, QUARTER_PADDED]."""
+    return (
+        _plain_quarter(base, row_stride, n, is_held, QUARTER, QUARTER_PADDED, 0),
+        _plain_quarter(base, row_stride, n, is_held, QUARTER, QUARTER_PADDED, 1),
+        _plain_quarter(base, row_stride, n, is_held, QUARTER, QUARTER_PADDED, 2),
+        _plain_quarter(base, row_stride, n, is_held, QUARTER, QUARTER_PADDED, 3),
+    )
 
 
 @triton.jit

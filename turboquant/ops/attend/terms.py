@@ -13,6 +13,7 @@ from turboquant.ops.attend.parts import (
     no_scores,
     place,
     rotated_quarter,
+    row_factors,
     token_of,
     turned,
 )
@@ -90,14 +91,7 @@ def key_terms(
     n = tl.arange(0, 64)
     length = tl.load(lengths + b)
     blocks = tl.maximum(tl.load(coded + b), (length - sinks - window) // 64)
-    if not HAS_SOFTCAP:
-        scale *= 1.4426950408889634  # log2 e: scores in base 2
-    row_scale = tl.load(factor + at * 4, mask=is_row, other=0) * scale
-    bias_scale = row_scale
-    constant = row_scale
-    if HAS_BIAS:
-        bias_scale = tl.load(factor + at * 4 + 1, mask=is_row, other=0) * (scale * bias_scaling)
-        constant = tl.load(factor + at * 4 + 2, mask=is_row, other=0) * scale
+    row_scale, bias_scale, constant = row_factors(factor, at, is_row, scale, bias_scaling, HAS_BIAS, HAS_SOFTCAP)
     own = coefficients + at * (2 * PAIRS_PADDED)
 
     if tile >= block_tiles:
