@@ -16,30 +16,42 @@ import multiprocessing
 import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from packed_caches import Caches, Shape, gpu_seconds
 from turboquant.ops.attend import kernel
+from turboquant.ops.attend.fragments import ROWS as FRAGMENT_ROWS
 from turboquant.ops.attend.kernel import Launch
 from turboquant.ops.devices import capability
 
 # (most query rows, widest head): a shape that stands for the class.
 CLASSES: dict[tuple[int, int], Shape] = {
-    (16, 128): Shape(heads=40, kv_heads=8, dim=128),
-    (16, 256): Shape(heads=32, kv_heads=4, dim=256),
+    (8, 128): Shape(heads=40, kv_heads=8, dim=128),
+    (8, 256): Shape(heads=32, kv_heads=4, dim=256),
+    (16, 128): Shape(heads=72, kv_heads=8, dim=128),
+    (16, 256): Shape(heads=48, kv_heads=4, dim=256),
 }
 LENGTHS = (4096, 8192, 32768, 131072)
 
 
-def candidates() -> Iterator[Launch]:
-    """Launches worth trying for up to 16 query rows."""
+def candidates(rows: int) -> Iterator[Launch]:
+    """Launches worth trying for up to 8 or up to 16 query rows."""
+    if rows <= FRAGMENT_ROWS:
+        for programs, registers in itertools.product((2, 3, 4, 5), (0, 128, 168)):
+            yield Launch(16, True, 4, 2, programs, registers)
+        return
     for swap, warps, stages in itertools.product((False, True), (2, 4, 8), (2, 3, 4)):
         # swapped tiles of 8 warps gave wrong answers with a key bias (Triton 3.6, H100)
         if not (swap and warps == 8):
             yield from (Launch(16, swap, warps, stages, programs) for programs in (2, 3, 4, 5, 6))
+
+
+def kind(launch: Launch) -> Launch:
+    """What is compiled of a launch: the number of programs is not."""
+    return replace(launch, programs=0)
 
 
 def compiled(job: tuple[Shape, Launch]) -> bool:
@@ -96,9 +108,8 @@ def main() -> None:
     best: dict[tuple[int, int], Launch] = {}
     report = []
     for (rows, width), shape in itertools.islice(CLASSES.items(), options.classes):
-        launches = list(candidates())
-        # the number of programs is not compiled in
-        kinds = {(launch.rows, launch.swap, launch.warps, launch.stages): launch for launch in launches}
+        launches = list(candidates(rows))
+        kinds = {kind(launch): launch for launch in launches}
         jobs = [
             (Shape(**(vars(shape) | {"tokens": 1024, "bits": bits})), launch)
             for launch in kinds.values()
@@ -107,8 +118,8 @@ def main() -> None:
         with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
             fits = dict.fromkeys(kinds, True)
             for (_, launch), is_good in zip(jobs, pool.map(compiled, jobs), strict=True):
-                fits[launch.rows, launch.swap, launch.warps, launch.stages] &= is_good
-        launches = [one for one in launches if fits[one.rows, one.swap, one.warps, one.stages]]
+                fits[kind(launch)] &= is_good
+        launches = [one for one in launches if fits[kind(one)]]
         print(f"up to {rows} rows, heads up to {width}: {len(launches)} launches", flush=True)
         caches = Caches(Shape(**(vars(shape) | {"tokens": 32768, "bits": options.bits[0]})))
         wanted = caches.calls()[0]().float()

@@ -36,7 +36,6 @@ from turboquant.hf import (
     register_attention,
     rotary_of,
 )
-from turboquant.ops.devices import KERNELS_RUN_ON_GPUS
 
 # Every parameter starts at a multiple of this on the device: cuBLAS takes its fast kernels, Triton its 16-byte loads.
 ALIGNMENT_BYTES = 256
@@ -581,5 +580,4 @@ def read_parameter(parameter: Parameter, checkpoint: Checkpoint, model: PreTrain
 
 def bytes_of(key_biases: Sequence[KeyBias | None], *, on_gpu: bool) -> int:
     """Bytes of the key biases that a cache will hold, and of the tables that kernels read on a GPU."""
-    has_tables = KERNELS_RUN_ON_GPUS and on_gpu
-    return sum(bias.nbytes + has_tables * bias.table_nbytes for bias in key_biases if bias is not None)
+    return sum(bias.nbytes + on_gpu * bias.table_nbytes for bias in key_biases if bias is not None)

@@ -10,7 +10,7 @@ from streamer.errors import DoesNotFitError, OptionError
 from streamer.options import GIB, format_size
 from streamer.schedule import ring_extent
 from turboquant.hf import FLOAT32_SCORE_BYTES
-from turboquant.ops.devices import KERNELS_RUN_ON_GPUS, LEAST_DIM, MOST_DIM
+from turboquant.ops.devices import LEAST_DIM, MOST_DIM
 from turboquant.policy import Precision, layer_precisions
 from turboquant.store import StoreOptions, store_bytes
 
@@ -179,8 +179,7 @@ def cache_bytes(architecture: Architecture, request: Request) -> int:
                 shape.value_dim,
                 options,
                 architecture.dtype,
-                has_kernels=KERNELS_RUN_ON_GPUS
-                and request.vram_bytes is not None
+                has_kernels=request.vram_bytes is not None
                 and min(shape.key_dim, shape.value_dim) >= LEAST_DIM
                 and max(shape.key_dim, shape.value_dim) <= MOST_DIM,
             )

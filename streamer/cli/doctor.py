@@ -18,6 +18,7 @@ import psutil
 from streamer.cli.group import CONTEXT_SETTINGS
 from streamer.interrupts import ends_at_once
 from streamer.options import GB, cache_dir, format_size, offline_from_environment
+from turboquant.ops.devices import LEAST_TRITON, triton_serves
 
 _PACKAGES = ("tq-stream", "torch", "transformers", "accelerate", "safetensors", "triton")
 
@@ -197,7 +198,15 @@ def _works(findings: dict[str, Any]) -> list[dict[str, str]]:
     else:
         streaming = "no, there is no GPU; plans for one can be made: tq-stream memory-report MODEL --vram 24GiB"
     triton = findings["versions"]["triton"]
-    kernels = "not needed yet" + (f" (triton {triton} is installed)" if triton else " (triton is not installed)")
+    installed = f"triton {triton} is installed" if triton else "triton is not installed"
+    if not gpus:
+        kernels = f"not needed without a GPU ({installed})"
+    elif triton_serves():
+        kernels = f"yes, they read a compressed cache ({installed})"
+    else:
+        kernels = (
+            f"no, {installed} and they need {'.'.join(map(str, LEAST_TRITON))}: plain PyTorch reads a compressed cache"
+        )
     hub, places = findings["hub"], (findings["cache"], findings["hub_cache"])
     blocked = [place for place in places if place["fault"] is not None]
     if blocked:

@@ -35,7 +35,7 @@ def run(assembly: str, inputs: dict[str, int]) -> dict[str, int]:
         return held[text] if text in held else int(text, 0)
 
     for line in assembly.splitlines():
-        if not (match := re.fullmatch(r"(\w+)\.\w+ (.*);", line)):
+        if not (match := re.fullmatch(r"(\w+)[.\w]+ (.*);", line)):
             assert line in "{}" or line.startswith(".reg")
             continue
         to, *arguments = match[2].split(", ")
@@ -44,6 +44,9 @@ def run(assembly: str, inputs: dict[str, int]) -> dict[str, int]:
             out = 0 if b > 31 else a << b
         elif match[1] == "shr":
             out = 0 if b > 31 else a >> b
+        elif match[1] == "mul":
+            assert ".lo.u32 " in line
+            out = a * b
         elif match[1] == "and":
             out = a & b
         elif match[1] == "lop3":
@@ -77,7 +80,7 @@ def test_every_code_decodes_to_its_centroid(held: int, read: int) -> None:
             inputs["$8"] = words(planes[0][j : j + 4])
             inputs["$9"] = words(planes[1][j % EIGHTH : j % EIGHTH + 4])
             inputs["$10"] = words(planes[2][j % EIGHTH : j % EIGHTH + 4])
-            inputs["$11"] = 2 if j >= EIGHTH else 0
+            inputs["$11"] = 4 if j >= EIGHTH else 1
             out = run(_assembly(read), inputs)
             for field in range(4):
                 decoded = struct.unpack("<4e", struct.pack("<2I", out[f"${2 * field}"], out[f"${2 * field + 1}"]))

@@ -3,11 +3,13 @@
 On the CPU the interpreter runs it, with short rows; on a GPU rows are long as well.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from covering import pairwise
+from emulated_ptx import emulated
 from packed_tokens import Case, make_layer
 
 from turboquant.errors import OptionError
@@ -133,25 +135,47 @@ def test_further_shapes_on_a_gpu(case: dict[str, Any]) -> None:
     check(Case(**({"lengths": (5000,), "dtype": torch.float32} | case)), "cuda")
 
 
-AHEAD: list[dict[str, Any]] = [
-    {"has_bias": True},
-    {"has_bias": False},
-    {"has_bias": True, "has_means": False, "queries": 3},
-    {"has_bias": True, "lengths": (700, 0, 201), "heads_per_group": 5, "key_dim": 64},
-    {"has_bias": True, "lengths": (500,), "is_aged": True, "softcap": 20.0},
-    {"has_bias": True, "key_bits": 16},
-    {"has_bias": True, "key_dim": 80, "rotary_dim": 64},
+# Few query rows of coded tokens: their own kernels, written in assembly.
+FRAGMENTS: list[dict[str, Any]] = [
+    {"has_means": False},
+    {"has_bias": True, "lengths": (700,)},
+    {"has_bias": True, "has_means": False, "heads_per_group": 2, "queries": 3, "lengths": (270,)},
+    {"has_bias": True, "lengths": (270, 0, 140), "heads_per_group": 5, "key_dim": 64, "groups": 2},
+    {"has_bias": True, "softcap": 20.0, "key_bits": 4, "value_bits": 2},
     {"has_bias": True, "lengths": (63,)},
-    {"has_bias": True, "heads_per_group": 8, "queries": 2, "interleaved": True, "dtype": torch.bfloat16},
+    {"has_bias": True, "window": 5, "sinks": 1, "interleaved": True, "heads_per_group": 8, "dtype": torch.bfloat16},
+    {"has_bias": True, "rotary_dim": 64, "window": 0, "sinks": 0, "has_sink_logits": True},
+    {"key_dim": 64, "value_dim": 256, "key_bits": 2, "value_bits": 4, "rotation": "qr"},
+    {"key_dim": 256, "value_dim": 64, "key_bits": 4, "value_scale": 1e-5},
+    {"queries": 8, "heads_per_group": 1, "lengths": (200,), "value_scale": 3e3},
 ]
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("case", AHEAD, ids=name_of)
-def test_key_terms_found_ahead(case: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in long rows, which the interpreter would take hours for."""
-    monkeypatch.setattr(kernel, "_TERMS_BLOCKS", 1)
-    check(Case(**({"groups": 2, "lengths": (700,), "dtype": torch.float32} | case)), device)
+@pytest.fixture
+def emulated_assembly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Within this, the interpreter runs the kernels that are written in assembly."""
+    monkeypatch.setattr(kernel, "RUNS_ASSEMBLY", True)
+    yield from emulated(monkeypatch)
+
+
+@pytest.mark.usefixtures("emulated_assembly")
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize("case", FRAGMENTS, ids=name_of)
+def test_fragments_emulated(case: dict[str, Any], rounds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if rounds:
+        if not case.get("has_bias"):
+            pytest.skip("key terms alone have rounds")
+        monkeypatch.setattr(kernel, "_TERMS_FEW", 0)
+    check(Case(**({"groups": 1, "lengths": (400,), "dtype": torch.float32} | case)), "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize("case", FRAGMENTS, ids=name_of)
+def test_fragments_on_a_gpu(case: dict[str, Any], rounds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if rounds:
+        monkeypatch.setattr(kernel, "_TERMS_FEW", 0)
+    check(Case(**({"groups": 2, "dtype": torch.float32} | case | {"lengths": (9000, 0, 3001)})), "cuda")
 
 
 def test_a_broken_vector_shows(monkeypatch: pytest.MonkeyPatch) -> None:

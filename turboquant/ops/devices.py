@@ -1,6 +1,6 @@
 """Which devices the Triton kernels serve, and what they ask a device about."""
 
-import importlib.util
+import importlib.metadata
 import logging
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -10,9 +10,8 @@ import torch
 
 logger = logging.getLogger("turboquant")
 
-# The kernels have run in Triton's interpreter only, and been compiled for GPUs. Until their tests have passed on one,
-# plain PyTorch reads the cache there too.
-KERNELS_RUN_ON_GPUS = False
+# The oldest Triton whose compiler has run them.
+LEAST_TRITON = (3, 6)
 
 # The oldest compute capability that has bfloat16 in its tensor cores and asynchronous copies.
 _LEAST_CAPABILITY = 80
@@ -54,16 +53,26 @@ def launching_on(device: torch.device) -> AbstractContextManager[None]:
 LEAST_DIM, MOST_DIM = 16, 256
 
 
+def triton_serves() -> bool:
+    """Whether a Triton that compiles the kernels is installed."""
+    try:
+        found = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return tuple(int(part) for part in found.split(".")[:2]) >= LEAST_TRITON
+
+
 @cache
 def kernels_serve(device: torch.device, *dims: int) -> bool:
     """Whether the cache is read by kernels there, for heads of these widths; says once if a GPU is left to PyTorch."""
-    if not KERNELS_RUN_ON_GPUS or device.type != "cuda" or torch.version.hip is not None:
+    if device.type != "cuda" or torch.version.hip is not None:
         return False
     if capability(device) < _LEAST_CAPABILITY:
         logger.warning("%s: compute capability below 8.0, the cache is read by plain PyTorch", device)
         return False
-    if importlib.util.find_spec("triton") is None:
-        logger.warning("triton is not installed: the cache is read by plain PyTorch")
+    if not triton_serves():
+        least = ".".join(map(str, LEAST_TRITON))
+        logger.warning("triton %s or newer is not installed: the cache is read by plain PyTorch", least)
         return False
     if any(not LEAST_DIM <= dim <= MOST_DIM for dim in dims):
         logger.warning("heads of %s coordinates: the cache is read by plain PyTorch", max(dims))

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+# Tokens for which a query's turned coefficients serve: angles within them come from one table.
+SPAN_TOKENS = 128
+
 
 @dataclass(frozen=True, eq=False)
 class BiasTerms:
@@ -13,13 +16,17 @@ class BiasTerms:
         bias: [G, D] float32, before the rotary embedding.
         frequencies: [P] int64, turns per position of each rotated pair in units of 2^-64, zeros beyond `pairs`; P is
             a power of two and at least 16. A product with a position then drops whole turns and keeps all digits.
-        table: [64, 2 P] float16: cos - 1 and sin of position t times each pair's frequency, side by side.
+        spans: [2, 16, P / 16, 32, 8] float16: cos - 1 and sin, side by side, of positions 0 to 127 times the frequency
+            of each pair, as a warp reads them: position 8 i + g, pair 16 j + 4 t + k is [:, i, j, 4 g + t, 2 k]; first
+            rounded, then what that leaves out.
+        steps: [2, P] float32: cos and sin of 128 times each frequency.
         pairs: rotated pairs. interleaved, scaling: see KeyBias.
     """
 
     bias: torch.Tensor
     frequencies: torch.Tensor
-    table: torch.Tensor
+    spans: torch.Tensor
+    steps: torch.Tensor
     pairs: int
     interleaved: bool
     scaling: float
@@ -33,12 +40,24 @@ def bias_terms(bias: torch.Tensor, inverse_frequencies: torch.Tensor, scaling: f
     radians[:pairs] = inverse_frequencies.double().cpu()
     turns = [int(turn * 2.0**64) for turn in (radians / (2 * torch.pi)).tolist()]
     signed = [(turn + (1 << 63)) % (1 << 64) - (1 << 63) for turn in turns]
-    angles = torch.arange(64, dtype=torch.float64)[:, None] * radians
+    angles = torch.arange(SPAN_TOKENS, dtype=torch.float64)[:, None] * radians
     # sin of half the angle: cos - 1 without cancellation
-    table = torch.stack((-2 * (angles / 2).sin().square(), angles.sin()), dim=-1).flatten(1)
+    table = torch.stack((-2 * (angles / 2).sin().square(), angles.sin()), dim=-1)  # [positions, P, 2]
+    ordered = table.view(-1, 8, padded // 16, 4, 8).transpose(1, 2).flatten(2, 3)
+    spans = torch.stack((ordered.half(), (ordered - ordered.half()).half()))
+    step = SPAN_TOKENS * radians
+    steps = torch.stack((step.cos(), step.sin())).float()
     frequencies = torch.tensor(signed, dtype=torch.int64)
     device = bias.device
-    return BiasTerms(bias, frequencies.to(device), table.half().to(device), pairs, interleaved, scaling)
+    return BiasTerms(
+        bias,
+        frequencies.to(device),
+        spans.to(device),
+        steps.to(device),
+        pairs,
+        interleaved,
+        scaling,
+    )
 
 
 def padded_pairs(pairs: int) -> int:

@@ -2,12 +2,14 @@
 
 Three launches, or four. `prepare_rows` rotates the queries and folds the key bias into them; `_attend_split` reads the
 planes in place, every program a share of the blocks of one KV head (some more programs the sinks and the recent
-window); `merge_rows` joins the shares by log-sum-exp and turns the result back. In long rows `key_terms` finds the
-scores of block means and the key bias before. What changes from step to step (lengths, blocks, their addresses) is
-read from device memory, so that a captured graph can be replayed.
+window); `merge_rows` joins the shares by log-sum-exp and turns the result back. What changes from step to step
+(lengths, blocks, their addresses) is read from device memory, so that a captured graph can be replayed.
 
-A head is multiplied quarter by quarter, as a byte of plane 0 holds one coordinate of each quarter: what a thread
-decodes goes to shared memory in short rows, whose stores and loads meet no bank twice.
+Blocks are read in one of two ways. Up to 8 query rows of a KV head over coded tokens, which is decoding:
+`attend_fragments`, in registers alone, behind a launch of `key_terms`, which finds the scores of block means and the
+key bias. All others: `_attend_blocks`, by Triton's own products through shared memory. There a head is multiplied
+quarter by quarter, as a byte of plane 0 holds one coordinate of each quarter: what a thread decodes goes to shared
+memory in short rows, whose stores and loads meet no bank twice.
 """
 
 from dataclasses import dataclass
@@ -17,13 +19,17 @@ import torch
 import triton
 import triton.language as tl
 
-from turboquant.layout import BLOCK_TOKENS, PackedTokens
-from turboquant.ops.attend.bias import BiasTerms
+from turboquant.layout import BLOCK_TOKENS, BlockLayout, PackedTokens
+from turboquant.ops.attend.bias import SPAN_TOKENS, BiasTerms
+from turboquant.ops.attend.fragments import QUARTERS, attend_fragments
+from turboquant.ops.attend.fragments import ROWS as FRAGMENT_ROWS
+from turboquant.ops.attend.fragments import WARPS as FRAGMENT_WARPS
 from turboquant.ops.attend.parts import (
     add_scores,
     add_scores_dense,
     bias_of_tokens,
     by_row,
+    capped,
     dot,
     mean_quarter,
     no_scores,
@@ -31,11 +37,12 @@ from turboquant.ops.attend.parts import (
     plain_quarters,
     rotated_quarter,
     row_factors,
+    table_of_block,
     token_of,
     turned,
 )
 from turboquant.ops.attend.rows import merge_rows, prepare_rows
-from turboquant.ops.attend.terms import key_terms
+from turboquant.ops.attend.terms import PAIRS, SPAN, key_terms
 from turboquant.ops.devices import capability, is_interpreted, multiprocessors
 from turboquant.ops.unpack.kernel import decode_fields, load_codes, tables
 
@@ -46,7 +53,8 @@ class Launch:
 
     Attributes:
         rows: query rows of a program, at least 16. swap: tokens are the rows of the products that give scores.
-        warps, stages: of a program. programs: wanted for each multiprocessor.
+        warps, stages: of a program. programs: wanted for each multiprocessor. registers: most of a thread, 0 for what
+            the compiler takes. Few query rows of coded tokens (see `fragments.py`) heed the last two alone.
     """
 
     rows: int
@@ -54,35 +62,38 @@ class Launch:
     warps: int
     stages: int
     programs: int
+    registers: int = 0
 
 
 # Swapped tiles of 8 warps gave wrong answers with a key bias (Triton 3.6, H100).
 # By capability (0 = any other), query rows up to, and widest head up to; written by scripts/tune_kernels.py.
 _LAUNCHES: dict[int, list[tuple[int, int, Launch]]] = {
     90: [
-        (1 << 30, 128, Launch(rows=16, swap=True, warps=4, stages=3, programs=3)),
-        (1 << 30, 256, Launch(rows=16, swap=True, warps=4, stages=2, programs=2)),
+        (8, 128, Launch(rows=16, swap=True, warps=4, stages=2, programs=3, registers=0)),
+        (8, 256, Launch(rows=16, swap=True, warps=4, stages=2, programs=2, registers=0)),
+        (1 << 30, 128, Launch(rows=16, swap=True, warps=4, stages=3, programs=3, registers=0)),
+        (1 << 30, 256, Launch(rows=16, swap=True, warps=4, stages=2, programs=2, registers=0)),
     ],
     0: [
-        (1 << 30, 128, Launch(rows=16, swap=True, warps=4, stages=2, programs=2)),
-        (1 << 30, 256, Launch(rows=16, swap=True, warps=4, stages=2, programs=2)),
+        (8, 128, Launch(rows=16, swap=True, warps=4, stages=2, programs=3, registers=0)),
+        (1 << 30, 256, Launch(rows=16, swap=True, warps=4, stages=2, programs=2, registers=0)),
     ],
 }
 
-# Key terms of up to that many query rows of a KV head are found by a launch of their own, from that many blocks on,
-# that many blocks by a program.
-_TERMS_ROWS, _TERMS_BLOCKS, _TERMS_TILE = 16, 256, 8
+# Triton's interpreter does not run assembly; a test that makes it do so sets this.
+RUNS_ASSEMBLY = not is_interpreted()
+
+# Warps of `key_terms` wanted for each multiprocessor, and how few pairs of spans for each are shared by warps.
+_TERMS_WARPS, _TERMS_FEW = 8, 2
+
+# Coordinates of a row that one program rotates, or turns back.
+_CHUNK = 32
+
+# Capabilities with less than 100 KiB a program: no room for the low parts of the angles of more than 64 pairs.
+_LITTLE_SHARED_MEMORY = (86, 87, 89, 120, 121)
 
 # A share of fewer blocks costs more in merging than it gains in parallel.
 _LEAST_BLOCKS = 2
-
-
-@triton.jit
-def _capped(s, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Scores in base 2: capped, and times log2 e, where there is a cap; else they have been multiplied already."""
-    if HAS_SOFTCAP:
-        s = softcap * (2 * tl.sigmoid(2 * s / softcap) - 1) * 1.4426950408889634
-    return s
 
 
 @triton.jit
@@ -157,8 +168,6 @@ def _attend_blocks(
     position,
     softcap,
     skip_below,
-    terms,
-    term_rows,
     centroids,
     registers,
     KEY_DIM: tl.constexpr,
@@ -174,7 +183,7 @@ def _attend_blocks(
     IS_MIXED: tl.constexpr,
     HAS_MEANS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    READS_TERMS: tl.constexpr,
+    HAS_LOW_TABLE: tl.constexpr,
     PAIRS_PADDED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
@@ -185,10 +194,7 @@ def _attend_blocks(
     ON_GPU: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The blocks [first, last) of `entries`; q0 to q3 [ROWS, KEY_QUARTER_PADDED] float32.
-
-    terms: what `key_terms` has found for this head, where READS_TERMS; term_rows: [ROWS], where rows begin in it.
-    """
+    """The blocks [first, last) of `entries`; q0 to q3 [ROWS, KEY_QUARTER_PADDED] float32."""
     n = tl.arange(0, 64)
     all_held = n >= 0
     top = tl.full((ROWS,), -1e30, tl.float32)
@@ -202,7 +208,7 @@ def _attend_blocks(
     h1 = q1.to(tl.float16)
     h2 = q2.to(tl.float16)
     h3 = q3.to(tl.float16)
-    if HAS_BIAS and not READS_TERMS:
+    if HAS_BIAS:
         # the query turned back to the first token of the block, block after block, meets one table of 64 angles
         i = tl.arange(0, PAIRS_PADDED)
         frequency = tl.load(frequencies + i)
@@ -214,8 +220,9 @@ def _attend_blocks(
             along_cos * cos[None, :] + along_sin * sin[None, :],
             along_sin * cos[None, :] - along_cos * sin[None, :],
         )
-        two = tl.arange(0, 2 * PAIRS_PADDED)
-        turns = tl.load(bias_table + n[:, None] * (2 * PAIRS_PADDED) + two[None, :])
+        turns = table_of_block(bias_table, 0, SPAN, PAIRS_PADDED)
+        if HAS_LOW_TABLE:
+            turns_low = table_of_block(bias_table, 1, SPAN, PAIRS_PADDED)
     for block in tl.range(first, last, num_stages=STAGES):
         entry = tl.load(entries + block)
         keys_at, values_at, key_planes, value_planes = place(
@@ -242,7 +249,7 @@ def _attend_blocks(
             s = add_scores(s, h2, k2, SWAP, ON_GPU)
             s = add_scores(s, h3, k3, SWAP, ON_GPU)
             s = by_row(s, SWAP) * key_scale[None, :]
-            if HAS_MEANS and not READS_TERMS:
+            if HAS_MEANS:
                 by_mean = q0 * mean_quarter(keys_at, True, KEY_QUARTER, KEY_QUARTER_PADDED, 0)
                 by_mean += q1 * mean_quarter(keys_at, True, KEY_QUARTER, KEY_QUARTER_PADDED, 1)
                 by_mean += q2 * mean_quarter(keys_at, True, KEY_QUARTER, KEY_QUARTER_PADDED, 2)
@@ -257,19 +264,19 @@ def _attend_blocks(
             s = add_scores_dense(s, q3, k3, SWAP, ON_GPU)
             s = by_row(s, SWAP)
         s = s * row_scale[:, None]
-        if READS_TERMS:
-            s += tl.load(terms + 64 * block + term_rows[:, None] + n[None, :], mask=is_row[:, None], other=0)
-        elif HAS_BIAS:
+        if HAS_BIAS:
             both = tl.reshape(tl.join(along_cos, along_sin), (ROWS, 2 * PAIRS_PADDED))
             # the table holds cos - 1, which keeps the digits of slowly turning pairs
-            bias = by_row(add_scores_dense(no_scores(ROWS, SWAP), both, turns, SWAP, ON_GPU), SWAP)
-            bias += tl.sum(along_cos, 1)[:, None]
+            bias = add_scores_dense(no_scores(ROWS, SWAP), both, turns, SWAP, ON_GPU)
+            if HAS_LOW_TABLE:
+                bias = add_scores(bias, both.to(tl.float16), turns_low, SWAP, ON_GPU)
+            bias = by_row(bias, SWAP) + tl.sum(along_cos, 1)[:, None]
             s += bias * bias_scale[:, None] + constant[:, None]
             along_cos, along_sin = (
                 along_cos * cos_step[None, :] + along_sin * sin_step[None, :],
                 along_sin * cos_step[None, :] - along_cos * sin_step[None, :],
             )
-        s = _capped(s, softcap, HAS_SOFTCAP)
+        s = capped(s, softcap, HAS_SOFTCAP)
         if IS_CAUSAL:
             s = tl.where((sinks + 64 * block + n)[None, :] <= position[:, None], s, float("-inf"))
 
@@ -380,7 +387,7 @@ def _attend_tail(
                 token, coefficients, is_row, frequencies, no_scores(ROWS, SWAP), PAIRS_PADDED, SWAP, ON_GPU
             )
             s += by_row(bias, SWAP) * bias_scale[:, None] + constant[:, None]
-    s = _capped(s, softcap, HAS_SOFTCAP)
+    s = capped(s, softcap, HAS_SOFTCAP)
     s = tl.where(is_held[None, :] & (token[None, :] <= position[:, None]), s, float("-inf"))
     top = tl.maximum(tl.max(s, 1), -1e30)
     weights = tl.exp2(s - top[:, None])
@@ -403,6 +410,16 @@ def _store_part(to, acc, is_row, DIM: tl.constexpr, QUARTER: tl.constexpr, f: tl
     """Quarter f of the weighted sums of the rows `to`."""
     j = tl.arange(0, acc.shape[1])
     tl.store(to[:, None] + (f * QUARTER + j)[None, :], acc, mask=is_row[:, None] & (j < QUARTER)[None, :])
+
+
+@triton.jit
+def _store_parts(out_top, out_mass, out_acc, to, is_row, found, VALUE_DIM: tl.constexpr, VALUE_QUARTER: tl.constexpr):
+    """What `_attend_blocks` or `_attend_tail` has found, at the rows `to`."""
+    tl.store(out_top + to, found[0], mask=is_row)
+    tl.store(out_mass + to, found[1], mask=is_row)
+    parts = out_acc + to * VALUE_DIM
+    for f in tl.static_range(0, 4):
+        _store_part(parts, found[2 + f], is_row, VALUE_DIM, VALUE_QUARTER, f)
 
 
 # A kernel for every value of these would be compiled in the middle of a generation.
@@ -453,6 +470,7 @@ def _attend_split(
     IS_MIXED: tl.constexpr,
     HAS_MEANS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_LOW_TABLE: tl.constexpr,
     READS_TERMS: tl.constexpr,
     PAIRS_PADDED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -463,6 +481,7 @@ def _attend_split(
     WARPS: tl.constexpr,
     ON_GPU: tl.constexpr,
     STAGES: tl.constexpr,
+    IN_FRAGMENTS: tl.constexpr,
 ):
     """A share of the tokens of one row of the batch, one KV head, ROWS query rows: top score, mass, weighted sum.
 
@@ -478,6 +497,7 @@ def _attend_split(
     at = bg.to(tl.int64) * rows + r
     length = tl.load(lengths + b)
     blocks = tl.maximum(tl.load(coded + b), (length - sinks - window) // 64)
+    to = (bg.to(tl.int64) * tl.num_programs(0) + split) * rows
     # a query that was padding sees the first token
     position = tl.maximum(length - tokens + r % tokens, 0)
     q0 = rotated_quarter(q, at, is_row, KEY_QUARTER_PADDED, 0)
@@ -489,59 +509,96 @@ def _attend_split(
     if split < splits:
         share = (blocks + splits - 1) // splits
         first = split * share
-        top, mass, acc0, acc1, acc2, acc3 = _attend_blocks(
-            anchor,
-            table + b.to(tl.int64) * table_stride,
-            first,
-            tl.minimum(first + share, blocks),
-            bg % groups,
-            sinks,
-            key_tail,
-            value_tail,
-            q0,
-            q1,
-            q2,
-            q3,
-            row_scale,
-            bias_scale,
-            constant,
-            coefficients + at * (2 * PAIRS_PADDED),
-            is_row,
-            frequencies,
-            bias_table,
-            position,
-            softcap,
-            skip_below,
-            terms + bg.to(tl.int64) * rows * terms_stride,
-            r * terms_stride,
-            centroids,
-            registers,
-            KEY_DIM,
-            KEY_QUARTER,
-            KEY_QUARTER_PADDED,
-            VALUE_DIM,
-            VALUE_QUARTER,
-            VALUE_QUARTER_PADDED,
-            KEY_PLANES,
-            VALUE_PLANES,
-            KEY_BYTES,
-            VALUE_BYTES,
-            IS_MIXED,
-            HAS_MEANS,
-            HAS_BIAS,
-            READS_TERMS,
-            PAIRS_PADDED,
-            HAS_SOFTCAP,
-            IS_CAUSAL,
-            SKIPS,
-            ROWS,
-            SWAP,
-            WARPS,
-            ON_GPU,
-            STAGES,
-        )
+        if IN_FRAGMENTS:
+            g = tl.arange(0, 128) % 32 // 4
+            scale_of_thread, _, _ = row_factors(
+                factor, bg.to(tl.int64) * rows + g, g < rows, scale, bias_scaling, False, HAS_SOFTCAP
+            )
+            attend_fragments(
+                anchor,
+                table + b.to(tl.int64) * table_stride,
+                first,
+                tl.minimum(first + share, blocks),
+                bg % groups,
+                sinks,
+                q,
+                bg.to(tl.int64) * rows,
+                rows,
+                scale_of_thread,
+                tl.maximum(length - tokens + g % tokens, 0),
+                softcap,
+                terms + bg.to(tl.int64) * rows * terms_stride,
+                terms_stride,
+                registers,
+                out_top + to,
+                out_mass + to,
+                out_acc + to * VALUE_DIM,
+                KEY_DIM,
+                KEY_QUARTER,
+                VALUE_DIM,
+                VALUE_QUARTER,
+                KEY_PLANES,
+                VALUE_PLANES,
+                KEY_BYTES,
+                VALUE_BYTES,
+                HAS_MEANS,
+                READS_TERMS,
+                HAS_SOFTCAP,
+                IS_CAUSAL,
+            )
+        else:
+            found = _attend_blocks(
+                anchor,
+                table + b.to(tl.int64) * table_stride,
+                first,
+                tl.minimum(first + share, blocks),
+                bg % groups,
+                sinks,
+                key_tail,
+                value_tail,
+                q0,
+                q1,
+                q2,
+                q3,
+                row_scale,
+                bias_scale,
+                constant,
+                coefficients + at * (2 * PAIRS_PADDED),
+                is_row,
+                frequencies,
+                bias_table,
+                position,
+                softcap,
+                skip_below,
+                centroids,
+                registers,
+                KEY_DIM,
+                KEY_QUARTER,
+                KEY_QUARTER_PADDED,
+                VALUE_DIM,
+                VALUE_QUARTER,
+                VALUE_QUARTER_PADDED,
+                KEY_PLANES,
+                VALUE_PLANES,
+                KEY_BYTES,
+                VALUE_BYTES,
+                IS_MIXED,
+                HAS_MEANS,
+                HAS_BIAS,
+                HAS_LOW_TABLE,
+                PAIRS_PADDED,
+                HAS_SOFTCAP,
+                IS_CAUSAL,
+                SKIPS,
+                ROWS,
+                SWAP,
+                WARPS,
+                ON_GPU,
+                STAGES,
+            )
+            _store_parts(out_top, out_mass, out_acc, to + r, is_row, found, VALUE_DIM, VALUE_QUARTER)
     else:
-        top, mass, acc0, acc1, acc2, acc3 = _attend_tail(
+        found = _attend_tail(
             key_tail + bg.to(tl.int64) * slots * KEY_DIM,
             value_tail + bg.to(tl.int64) * slots * VALUE_DIM,
             (split - splits) * 64,
@@ -576,21 +633,26 @@ def _attend_split(
             SWAP,
             ON_GPU,
         )
-
-    to = (bg.to(tl.int64) * tl.num_programs(0) + split) * rows + r
-    tl.store(out_top + to, top, mask=is_row)
-    tl.store(out_mass + to, mass, mask=is_row)
-    parts = out_acc + to * VALUE_DIM
-    _store_part(parts, acc0, is_row, VALUE_DIM, VALUE_QUARTER, 0)
-    _store_part(parts, acc1, is_row, VALUE_DIM, VALUE_QUARTER, 1)
-    _store_part(parts, acc2, is_row, VALUE_DIM, VALUE_QUARTER, 2)
-    _store_part(parts, acc3, is_row, VALUE_DIM, VALUE_QUARTER, 3)
+        _store_parts(out_top, out_mass, out_acc, to + r, is_row, found, VALUE_DIM, VALUE_QUARTER)
 
 
 def launch_for(device: torch.device, rows: int, width: int) -> Launch:
     """The entry of the table for a number of query rows of one KV head and a head width."""
     entries = _LAUNCHES.get(capability(device), _LAUNCHES[0])
     return next((launch for most, widest, launch in entries if rows <= most and width <= widest), entries[-1][2])
+
+
+def _fits_fragments(layout: BlockLayout, rows: int, pairs: int, *, is_mixed: bool, skips: bool) -> bool:
+    """Whether `attend_fragments` serves this call."""
+    sides = (layout.key, layout.value)
+    return (
+        RUNS_ASSEMBLY
+        and rows <= FRAGMENT_ROWS
+        and pairs in PAIRS
+        and not is_mixed
+        and not skips
+        and all(side.num_planes > 0 and side.dim // 4 in QUARTERS and side.dim % 4 == 0 for side in sides)
+    )
 
 
 def _padded_quarter(dim: int) -> int:
@@ -632,7 +694,7 @@ def attend_packed(
         if bias is not None
         else factor
     )
-    prepare_rows[(rows, batch * groups)](
+    prepare_rows[(rows, batch * groups, -(-4 * key_quarter // _CHUNK))](
         q,
         q.stride(0),
         q.stride(1),
@@ -652,7 +714,7 @@ def attend_packed(
         PAIRS=bias.pairs if bias is not None else -1,
         PAIRS_PADDED=pairs_padded,
         INTERLEAVED=bias is not None and bias.interleaved,
-        CHUNK=32,
+        CHUNK=_CHUNK,
     )
     tails = -(-slots // BLOCK_TOKENS)
     sides: dict[str, Any] = {
@@ -668,18 +730,25 @@ def attend_packed(
         "IS_MIXED": is_mixed,
         "HAS_MEANS": layout.key.mean_bytes > 0,
         "HAS_BIAS": bias is not None,
+        "HAS_LOW_TABLE": pairs_padded <= 64 or capability(device) not in _LITTLE_SHARED_MEMORY,
         "PAIRS_PADDED": pairs_padded,
         "HAS_SOFTCAP": softcap is not None,
         "ON_GPU": not is_interpreted(),
     }
-    frequencies, bias_table = (bias.frequencies, bias.table) if bias is not None else (packed.table, factor)
+    frequencies, spans, steps = (bias.frequencies, bias.spans, bias.steps) if bias else (packed.table, factor, factor)
     bias_scaling = bias.scaling if bias is not None else 1.0
+    in_fragments = _fits_fragments(layout, rows, pairs_padded, is_mixed=is_mixed, skips=skip_below > 0)
     terms = None
-    if rows <= _TERMS_ROWS and most_blocks >= _TERMS_BLOCKS and (bias is not None or layout.key.mean_bytes):
+    if in_fragments and (bias is not None or layout.key.mean_bytes):
         terms = torch.empty(batch * groups * rows, 64 * (most_blocks + tails), dtype=torch.float32, device=device)
-        tile = _TERMS_TILE if key_dim <= 128 else _TERMS_TILE // 4  # of wide heads more would not fit the registers
-        block_tiles = -(-most_blocks // tile)
-        key_terms[(block_tiles + tails, batch * groups)](
+        behind_sinks = 64 * most_blocks + slots - packed.sinks
+        # few tokens: four warps share two spans; many: as many warps as run at once, each its own
+        pairs_of_spans = -(-behind_sinks // (2 * SPAN_TOKENS)) * batch * groups
+        rounds = -(-pairs_of_spans // (_TERMS_WARPS * multiprocessors(device)))
+        if pairs_of_spans < _TERMS_FEW * multiprocessors(device):
+            rounds = 0
+        spans_each = 2 * 4 * rounds or 2
+        key_terms[(-(-behind_sinks // (spans_each * SPAN_TOKENS)) + 1, batch * groups)](
             packed.anchor,
             packed.table,
             packed.table.stride(0),
@@ -689,7 +758,8 @@ def attend_packed(
             factor,
             coefficients,
             frequencies,
-            bias_table,
+            spans,
+            steps,
             terms,
             terms.stride(0),
             groups,
@@ -698,13 +768,16 @@ def attend_packed(
             packed.sinks,
             packed.window,
             slots,
-            block_tiles,
             scale,
             bias_scaling,
-            BLOCKS=tile,
-            ROWS=8 if rows <= 8 else _TERMS_ROWS,
-            **sides,
-            num_warps=8 if rows > 8 or key_dim > 128 else 4,
+            rounds,
+            KEY_DIM=key_dim,
+            HEAD_BYTES=layout.head_bytes,
+            HAS_MEANS=layout.key.mean_bytes > 0,
+            HAS_BIAS=bias is not None,
+            PAIRS_PADDED=pairs_padded,
+            HAS_SOFTCAP=softcap is not None,
+            num_warps=FRAGMENT_WARPS,
         )
     tiles = -(-rows // launch.rows)
     wanted = launch.programs * multiprocessors(device)
@@ -727,7 +800,7 @@ def attend_packed(
         factor,
         coefficients,
         frequencies,
-        bias_table,
+        spans,
         centroids,
         registers,
         top,
@@ -753,14 +826,16 @@ def attend_packed(
         SKIPS=skip_below > 0,
         ROWS=launch.rows,
         SWAP=launch.swap,
-        WARPS=launch.warps,
+        WARPS=FRAGMENT_WARPS if in_fragments else launch.warps,
         **sides,
         STAGES=launch.stages,
-        num_warps=launch.warps,
+        IN_FRAGMENTS=in_fragments,
+        num_warps=FRAGMENT_WARPS if in_fragments else launch.warps,
         num_stages=launch.stages,
+        **({"maxnreg": launch.registers} if launch.registers else {}),
     )
     out = torch.empty(batch, tokens, heads, value_dim, dtype=q.dtype, device=device)
-    merge_rows[(rows, batch * groups)](
+    merge_rows[(rows, batch * groups, -(-value_dim // _CHUNK))](
         top,
         mass,
         acc,
@@ -778,6 +853,8 @@ def attend_packed(
         DIM_PADDED=triton.next_power_of_2(value_dim),
         HAS_SINK_LOGITS=sink_logits is not None,
         PARTS_PADDED=triton.next_power_of_2(parts),
-        CHUNK=32,
+        CHUNK=_CHUNK,
+        TILE=64,
+        num_warps=8,
     )
     return out.transpose(1, 2)

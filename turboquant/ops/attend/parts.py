@@ -41,6 +41,14 @@ def dot(a, b, acc, ON_GPU: tl.constexpr):
 
 
 @triton.jit
+def capped(s, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Scores in base 2: capped, and times log2 e, where there is a cap; else they have been multiplied already."""
+    if HAS_SOFTCAP:
+        s = softcap * (2 * tl.sigmoid(2 * s / softcap) - 1) * 1.4426950408889634
+    return s
+
+
+@triton.jit
 def rotated_quarter(q, at, is_row, QUARTER_PADDED: tl.constexpr, f: tl.constexpr):
     """Quarter f of the rotated queries [R, QUARTER_PADDED] float32."""
     j = f * QUARTER_PADDED + tl.arange(0, QUARTER_PADDED)
@@ -165,6 +173,15 @@ def token_of(slot, slots, sinks, length):
     newest = tl.maximum(length - sinks, 1) - 1
     in_ring = newest - (newest - (slot - sinks) + ring) % ring
     return tl.where(slot < sinks, slot, sinks + in_ring), in_ring
+
+
+@triton.jit
+def table_of_block(spans, PART: tl.constexpr, SPAN: tl.constexpr, PAIRS_PADDED: tl.constexpr):
+    """cos - 1 and sin of each pair at positions 0 to 63 [64, 2 P]: part 0 or 1 of BiasTerms.spans."""
+    n = tl.arange(0, 64)[:, None]
+    two = tl.arange(0, 2 * PAIRS_PADDED)[None, :]
+    spans += PART * (SPAN * 2 * PAIRS_PADDED)
+    return tl.load(spans + ((n // 8 * (PAIRS_PADDED // 16) + two // 32) * 32 + n % 8 * 4 + two % 32 // 8) * 8 + two % 8)
 
 
 @triton.jit

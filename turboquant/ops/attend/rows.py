@@ -4,6 +4,45 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def _share_of_bias(
+    source,
+    bias,
+    x,
+    length,
+    inverse,
+    out_factor,
+    out_coefficients,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    PAIRS_PADDED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """The length of a query row x, and its products with the key bias [DIM] of its head."""
+    d = tl.arange(0, DIM_PADDED)
+    constant = 0.0
+    bias_length = 0.0
+    if PAIRS >= 0:
+        all_of_it = tl.load(bias + d, mask=d < DIM, other=0)
+        bias_length = tl.sqrt(tl.sum(all_of_it * all_of_it, 0))
+        shrink = inverse * tl.where(bias_length > 0, 1 / bias_length, 0.0)
+        i = tl.arange(0, PAIRS_PADDED)
+        first = 2 * i if INTERLEAVED else i
+        second = 2 * i + 1 if INTERLEAVED else i + PAIRS
+        q1 = tl.load(source + first, mask=i < PAIRS, other=0).to(tl.float32)
+        q2 = tl.load(source + second, mask=i < PAIRS, other=0).to(tl.float32)
+        b1 = tl.load(bias + first, mask=i < PAIRS, other=0)
+        b2 = tl.load(bias + second, mask=i < PAIRS, other=0)
+        tl.store(out_coefficients + i, (q1 * b1 + q2 * b2) * shrink)
+        tl.store(out_coefficients + PAIRS_PADDED + i, (q2 * b1 - q1 * b2) * shrink)
+        still = d >= 2 * PAIRS  # coordinates that the rotary embedding leaves alone
+        constant = tl.sum(tl.where(still, x * all_of_it, 0.0), 0)
+    tl.store(out_factor, length)
+    tl.store(out_factor + 1, bias_length * length)
+    tl.store(out_factor + 2, constant)
+
+
 @triton.jit(do_not_specialize=["groups", "heads_per_group", "tokens"])
 def prepare_rows(
     q,
@@ -27,9 +66,13 @@ def prepare_rows(
     INTERLEAVED: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One query row: rotated to length 1, each quarter padded; its length; its share of the key bias."""
+    """One query row: CHUNK coordinates of it rotated to length 1, each quarter padded.
+
+    The first chunk's program also stores its length and its share of the key bias.
+    """
     row = tl.program_id(0)
     bg = tl.program_id(1)
+    start = tl.program_id(2) * CHUNK
     b = bg // groups
     g = bg % groups
     rows = heads_per_group * tokens
@@ -42,35 +85,26 @@ def prepare_rows(
     length = tl.sqrt(tl.sum(x * x, 0))
     inverse = tl.where(length > 0, 1 / length, 0.0)
     inverse = tl.where(length != length, length, inverse)  # NaN stays
-    width: tl.constexpr = 4 * QUARTER_PADDED
-    for start in tl.static_range(0, width, CHUNK):
-        p = start + tl.arange(0, CHUNK)
-        c = p // QUARTER_PADDED * QUARTER + p % QUARTER_PADDED
-        is_real = p % QUARTER_PADDED < QUARTER
-        part = tl.load(matrix + c[:, None] * DIM + d[None, :], mask=is_real[:, None] & (d < DIM)[None, :], other=0)
-        tl.store(out_q + at * width + p, tl.sum(part * x[None, :], 1) * inverse)
-    constant = 0.0
-    bias_length = 0.0
-    if PAIRS >= 0:
-        own = bias + g.to(tl.int64) * DIM
-        all_of_it = tl.load(own + d, mask=d < DIM, other=0)
-        bias_length = tl.sqrt(tl.sum(all_of_it * all_of_it, 0))
-        shrink = inverse * tl.where(bias_length > 0, 1 / bias_length, 0.0)
-        i = tl.arange(0, PAIRS_PADDED)
-        first = 2 * i if INTERLEAVED else i
-        second = 2 * i + 1 if INTERLEAVED else i + PAIRS
-        q1 = tl.load(source + first, mask=i < PAIRS, other=0).to(tl.float32)
-        q2 = tl.load(source + second, mask=i < PAIRS, other=0).to(tl.float32)
-        b1 = tl.load(own + first, mask=i < PAIRS, other=0)
-        b2 = tl.load(own + second, mask=i < PAIRS, other=0)
-        to = out_coefficients + at * (2 * PAIRS_PADDED) + i
-        tl.store(to, (q1 * b1 + q2 * b2) * shrink)
-        tl.store(to + PAIRS_PADDED, (q2 * b1 - q1 * b2) * shrink)
-        still = d >= 2 * PAIRS  # coordinates that the rotary embedding leaves alone
-        constant = tl.sum(tl.where(still, x * all_of_it, 0.0), 0)
-    tl.store(out_factor + at * 4, length)
-    tl.store(out_factor + at * 4 + 1, bias_length * length)
-    tl.store(out_factor + at * 4 + 2, constant)
+    p = start + tl.arange(0, CHUNK)
+    c = p // QUARTER_PADDED * QUARTER + p % QUARTER_PADDED
+    is_real = p % QUARTER_PADDED < QUARTER
+    part = tl.load(matrix + c[:, None] * DIM + d[None, :], mask=is_real[:, None] & (d < DIM)[None, :], other=0)
+    tl.store(out_q + at * (4 * QUARTER_PADDED) + p, tl.sum(part * x[None, :], 1) * inverse)
+    if start == 0:
+        _share_of_bias(
+            source,
+            bias + g.to(tl.int64) * DIM,
+            x,
+            length,
+            inverse,
+            out_factor + at * 4,
+            out_coefficients + at * (2 * PAIRS_PADDED),
+            DIM,
+            DIM_PADDED,
+            PAIRS,
+            PAIRS_PADDED,
+            INTERLEAVED,
+        )
 
 
 @triton.jit(do_not_specialize=["groups", "heads_per_group", "tokens", "parts"])
@@ -93,33 +127,37 @@ def merge_rows(
     HAS_SINK_LOGITS: tl.constexpr,
     PARTS_PADDED: tl.constexpr,
     CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """One query row: the parts joined by log-sum-exp, and turned back to the model's coordinates."""
+    """CHUNK coordinates of a query row: the parts joined by log-sum-exp, and turned back to the model's coordinates."""
     row = tl.program_id(0)
     bg = tl.program_id(1)
     rows = heads_per_group * tokens
     head = bg % groups * heads_per_group + row // tokens
+    c = tl.arange(0, DIM_PADDED)
+    d = tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)
+    turn = tl.load(matrix + c[:, None] * DIM + d[None, :], mask=(c < DIM)[:, None] & (d < DIM)[None, :], other=0)
     part = tl.arange(0, PARTS_PADDED)
-    at = (bg.to(tl.int64) * parts + part) * rows + row
-    tops = tl.load(in_top + at, mask=part < parts, other=-1e30)
+    first = bg.to(tl.int64) * parts
+    tops = tl.load(in_top + (first + part) * rows + row, mask=part < parts, other=-1e30)
     highest = tl.max(tops, 0)
     if HAS_SINK_LOGITS:
         logit = tl.load(sink_logits + head).to(tl.float32) * 1.4426950408889634
         highest = tl.maximum(highest, logit)
-    share = tl.exp2(tops - highest)
-    mass = tl.sum(tl.load(in_mass + at, mask=part < parts, other=0) * share, 0)
+    masses = tl.load(in_mass + (first + part) * rows + row, mask=part < parts, other=0)
+    mass = tl.sum(masses * tl.exp2(tops - highest), 0)
     if HAS_SINK_LOGITS:
         mass += tl.exp2(logit - highest)
-    d = tl.arange(0, DIM_PADDED)
-    total = tl.zeros((DIM_PADDED,), tl.float32)
-    for start in tl.static_range(0, DIM, CHUNK):
-        c = start + tl.arange(0, CHUNK)
+    joined = tl.zeros((DIM_PADDED,), tl.float32)
+    for start in tl.range(0, parts, TILE):
+        some = start + tl.arange(0, TILE)
+        at = (first + some) * rows + row
+        share = tl.exp2(tl.load(in_top + at, mask=some < parts, other=-1e30) - highest)
         own = tl.load(
-            in_acc + at[:, None] * DIM + c[None, :], mask=(part < parts)[:, None] & (c < DIM)[None, :], other=0
+            in_acc + at[:, None] * DIM + c[None, :], mask=(some < parts)[:, None] & (c < DIM)[None, :], other=0
         )
-        joined = tl.sum(own * share[:, None], 0)
-        turn = tl.load(matrix + c[:, None] * DIM + d[None, :], mask=(c < DIM)[:, None] & (d < DIM)[None, :], other=0)
-        total += tl.sum(joined[:, None] * turn, 0)
+        joined += tl.sum(own * share[:, None], 0)
+    total = tl.sum(joined[:, None] * turn, 0)
     # a row that holds no token gives zeros
     total = total / tl.where(mass == 0, 1.0, mass)
     to = out + (bg // groups).to(tl.int64) * out_batch_stride + head.to(tl.int64) * out_head_stride

@@ -1,30 +1,199 @@
-"""Key terms of few query rows over many blocks, found before the planes are read: block means and the key bias.
+"""Key terms of up to 8 query rows, found before the planes are read: block means and the key bias.
 
-In the loop over the planes they take registers that other programs need. Here eight blocks share one product.
+Every tensor has one element for each thread (see lanes.py). A warp takes two spans of 128 tokens at a time: rows g of a
+product are the query rows turned back to the first token of one span, rows g + 8 those of the next.
 """
 
 import triton
 import triton.language as tl
 
-from turboquant.ops.attend.parts import (
-    add_scores_dense,
-    bias_of_tokens,
-    mean_quarter,
-    no_scores,
-    place,
-    rotated_quarter,
-    row_factors,
-    token_of,
-    turned,
+from turboquant.ops.attend.bias import SPAN_TOKENS
+from turboquant.ops.attend.lanes import (
+    eight_bytes,
+    high_and_low,
+    multiply,
+    names,
+    of_first_two,
+    sum_of_row,
+    two_floats,
 )
+from turboquant.ops.attend.parts import row_factors, turned
+
+SPAN = tl.constexpr(SPAN_TOKENS)
+PAIRS = (16, 32, 64)  # padded, that are served: operands of more would not fit the registers
+
+
+def _bias_scores(pairs: int) -> tuple[str, str]:
+    """Key bias of 8 tokens each of two spans: assembly and its constraints.
+
+    Outputs: of tokens 2 t and 2 t + 1 in row g, of the first span, then of the second. Inputs: address of what this
+    thread reads of the table for these tokens; for each product the four words of its first operand, high parts, then
+    low parts. Products of low parts alone are left out: they are below float32's digits of the others.
+    """
+    products = pairs // 8
+    a = names(5, 8 * products)
+    low_at = SPAN_TOKENS * 2 * pairs * 2  # bytes behind the high parts
+    sums = [f"c{i}" for i in range(4)]
+    lines = [".reg .b32 b<8>;", ".reg .f32 c<4>;", *(f"mov.f32 {name}, 0f00000000;" for name in sums)]
+    for j in range(products // 2):
+        for part in range(2):
+            to = ", ".join(f"b{4 * part + i}" for i in range(4))
+            lines.append(f"ld.global.nc.v4.b32 {{{to}}}, [$4 + {512 * j + low_at * part}];")
+        for k in (2 * j, 2 * j + 1):
+            high, low = a[8 * k : 8 * k + 4], a[8 * k + 4 : 8 * k + 8]
+            own, own_low = (tuple(f"b{4 * part + 2 * (k % 2) + i}" for i in range(2)) for part in range(2))
+            lines += [multiply(sums, high, own), multiply(sums, low, own), multiply(sums, high, own_low)]
+    lines += [f"mov.f32 ${i}, {name};" for i, name in enumerate(sums)]
+    return "{\n" + "\n".join(lines) + "\n}", ",".join(["=f"] * 4 + ["l"] + ["r"] * (8 * products))
+
+
+def _mean_scores(dim: int) -> tuple[str, str]:
+    """Products of a query row with the means of 8 blocks: assembly and its constraints.
+
+    Outputs: of blocks 2 t and 2 t + 1 in row g. Inputs: for each product four words of q, high and low part of one
+    pair, then of the other, and two of the means.
+    """
+    products = dim // 16
+    words = names(2, 6 * products)
+    lines = [".reg .f32 c<8>;", *(f"mov.f32 c{i}, 0f00000000;" for i in range(8))]
+    for k in range(products):
+        own = words[6 * k : 6 * k + 6]
+        # rows g + 8 of the operand are the low parts
+        lines.append(multiply([f"c{4 * (k % 2) + i}" for i in range(4)], own[:4], (own[4], own[5])))
+    for i in range(2):
+        lines += [f"add.f32 c{i}, c{i}, c{i + 4};", f"add.f32 c{i + 2}, c{i + 2}, c{i + 6};"]
+        lines.append(f"add.f32 ${i}, c{i}, c{i + 2};")
+    return "{\n" + "\n".join(lines) + "\n}", ",".join(["=f"] * 2 + ["r"] * (6 * products))
+
+
+# As constants, of which Triton's cache of compiled kernels knows when they change.
+_BIAS = tl.constexpr({pairs: _bias_scores(pairs) for pairs in PAIRS})
+_MEANS = tl.constexpr({dim: _mean_scores(dim) for dim in (64, 128, 256)})
+
+
+@triton.constexpr_function
+def _bias_assembly(pairs):
+    return _BIAS.value[pairs][0]
+
+
+@triton.constexpr_function
+def _bias_constraints(pairs):
+    return _BIAS.value[pairs][1]
+
+
+@triton.constexpr_function
+def _mean_assembly(dim):
+    return _MEANS.value[dim][0]
+
+
+@triton.constexpr_function
+def _mean_constraints(dim):
+    return _MEANS.value[dim][1]
 
 
 @triton.jit
-def _rows_of(x, BLOCKS: tl.constexpr, ROWS: tl.constexpr):
-    """x [ROWS] for each of BLOCKS: [BLOCKS * ROWS]."""
-    return tl.reshape(tl.broadcast_to(x[None, :], (BLOCKS, ROWS)), (BLOCKS * ROWS,))
+def _pairs_at(base, t, PAIRS_PADDED: tl.constexpr):
+    """A thread's pairs of numbers: 4 of every 16, [.., P] float32 as a tuple."""
+    own = (base + 4 * t).to(tl.pointer_type(tl.int64))
+    found = ()
+    for j in tl.static_range(0, PAIRS_PADDED // 16):
+        a, b = two_floats(tl.load(own + 8 * j))
+        c, d = two_floats(tl.load(own + 8 * j + 1))
+        found = found + (a, b, c, d)
+    return found
 
 
+@triton.jit
+def _angles(position, frequencies, t, COUNT: tl.constexpr):
+    """cos and sin of a position times the frequency of each of a thread's pairs."""
+    cos = ()
+    sin = ()
+    for k in tl.static_range(0, COUNT):
+        angle = turned(position, tl.load(frequencies + 4 * t + (k // 4 * 16 + k % 4)))
+        cos = cos + (angle[0],)
+        sin = sin + (angle[1],)
+    return cos, sin
+
+
+@triton.jit
+def _operands(cos, sin, next_cos, next_sin, COUNT: tl.constexpr):
+    """First operands of the products: pairs of float16, of one span in rows g and of the next in rows g + 8."""
+    words = ()
+    for k in tl.static_range(0, COUNT, 2):
+        a = high_and_low(cos[k], sin[k])
+        b = high_and_low(next_cos[k], next_sin[k])
+        c = high_and_low(cos[k + 1], sin[k + 1])
+        d = high_and_low(next_cos[k + 1], next_sin[k + 1])
+        words = words + (a[0], b[0], c[0], d[0], a[1], b[1], c[1], d[1])
+    return words
+
+
+@triton.jit
+def _turn(cos, sin, by_cos, by_sin, COUNT: tl.constexpr):
+    """Coefficients of angles that begin later."""
+    turned_cos = ()
+    turned_sin = ()
+    for i in tl.static_range(0, COUNT):
+        turned_cos = turned_cos + (cos[i] * by_cos[i] + sin[i] * by_sin[i],)
+        turned_sin = turned_sin + (sin[i] * by_cos[i] - cos[i] * by_sin[i],)
+    return turned_cos, turned_sin
+
+
+@triton.jit
+def _sum_of(parts, COUNT: tl.constexpr):
+    total = parts[0]
+    for i in tl.static_range(1, COUNT):
+        total += parts[i]
+    return sum_of_row(total)
+
+
+@triton.jit
+def _queries(q, is_row, t, DIM: tl.constexpr):
+    """A thread's quarter of a rotated query row, float32: for each product of `_mean_scores` its first four words."""
+    own = (q + t * (DIM // 4)).to(tl.pointer_type(tl.int64))
+    words = ()
+    for k in tl.static_range(0, DIM // 8):
+        x = two_floats(tl.load(own + k, mask=is_row, other=0))
+        words = words + high_and_low(x[0], x[1])
+    return words
+
+
+@triton.jit
+def _means(anchor, entries, first, blocks, head, queries, thread, DIM: tl.constexpr, HEAD_BYTES: tl.constexpr):
+    """Scores of the means of blocks first to first + 3 in row g; queries: what `_queries` gives."""
+    g = thread % 32 // 4
+    t = thread % 4
+    is_block = (g < 4) & (first + g < blocks)
+    entry = tl.load(entries + first + g, mask=is_block, other=0)
+    mean = anchor + (entry & -16) + head * HEAD_BYTES + 128 + t * (DIM // 2)
+    words = ()
+    for k in tl.static_range(0, DIM // 16):
+        both = tl.load((mean + 8 * k).to(tl.pointer_type(tl.int64)), mask=is_block, other=0)
+        words = words + queries[4 * k : 4 * k + 4] + (both.to(tl.int32), (both >> 32).to(tl.int32))
+    ASSEMBLY: tl.constexpr = _mean_assembly(DIM)
+    CONSTRAINTS: tl.constexpr = _mean_constraints(DIM)
+    even, odd = tl.inline_asm_elementwise(
+        ASSEMBLY, CONSTRAINTS, words, dtype=(tl.float32, tl.float32), is_pure=True, pack=1
+    )
+    m0, m2 = of_first_two(even)
+    m1, m3 = of_first_two(odd)
+    return m0, m1, m2, m3
+
+
+@triton.jit
+def _store_by_position(s0, s1, to, place, end, is_row):
+    """Scores of two tokens by position, before `end`, which is even."""
+    tl.store((to + place).to(tl.pointer_type(tl.int64)), eight_bytes(s0, s1), mask=is_row & (place < end))
+
+
+@triton.jit
+def _store_in_ring(s0, s1, to, place, ring, start, end, is_row):
+    """Scores of two tokens by their slot, from `start`, which is even, to `end`."""
+    tl.store(to + place % ring, s0, mask=is_row & (place >= start) & (place < end))
+    tl.store(to + (place + 1) % ring, s1, mask=is_row & (place >= start) & (place + 1 < end))
+
+
+# A kernel for every value of these would be compiled in the middle of a generation.
 @triton.jit(
     do_not_specialize=[
         "table_stride",
@@ -34,8 +203,8 @@ def _rows_of(x, BLOCKS: tl.constexpr, ROWS: tl.constexpr):
         "sinks",
         "window",
         "slots",
-        "block_tiles",
         "out_stride",
+        "rounds",
     ]
 )
 def key_terms(
@@ -48,7 +217,8 @@ def key_terms(
     factor,
     coefficients,
     frequencies,
-    bias_table,
+    spans,
+    steps,
     out,
     out_stride,
     groups,
@@ -57,92 +227,124 @@ def key_terms(
     sinks,
     window,
     slots,
-    block_tiles,
     scale,
     bias_scaling,
+    rounds,
     KEY_DIM: tl.constexpr,
-    KEY_QUARTER: tl.constexpr,
-    KEY_QUARTER_PADDED: tl.constexpr,
-    VALUE_QUARTER: tl.constexpr,
-    KEY_PLANES: tl.constexpr,
-    VALUE_PLANES: tl.constexpr,
-    KEY_BYTES: tl.constexpr,
-    VALUE_BYTES: tl.constexpr,
-    IS_MIXED: tl.constexpr,
+    HEAD_BYTES: tl.constexpr,
     HAS_MEANS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PAIRS_PADDED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    ROWS: tl.constexpr,
-    ON_GPU: tl.constexpr,
 ):
     """out [B * G * rows, out_stride] float32: what is added to a token's score, blocks first, the tail's slots behind.
 
-    The first `block_tiles` programs take BLOCKS blocks each, the others 64 slots of the tail.
+    The last program of a head takes the sinks. Each of the others takes tokens behind them, which are stored by
+    position while they lie in blocks, then by their slot in the ring of recent ones: two spans, of which each of the 4
+    warps takes a quarter, or where rounds > 0 two spans for each warp, `rounds` times.
     """
     tile = tl.program_id(0)
     bg = tl.program_id(1)
     b = bg // groups
     rows = heads_per_group * tokens
-    r = tl.arange(0, ROWS)
-    is_row = r < rows
-    at = bg.to(tl.int64) * rows + r
-    n = tl.arange(0, 64)
+    thread = tl.arange(0, 32 * 4)
+    warp = thread // 32
+    g = thread % 32 // 4
+    t = thread % 4
+    is_row = g < rows
+    at = bg.to(tl.int64) * rows + g
     length = tl.load(lengths + b)
     blocks = tl.maximum(tl.load(coded + b), (length - sinks - window) // 64)
     row_scale, bias_scale, constant = row_factors(factor, at, is_row, scale, bias_scaling, HAS_BIAS, HAS_SOFTCAP)
-    own = coefficients + at * (2 * PAIRS_PADDED)
+    own = out + at * out_stride
+    tail = own + (out_stride - (slots + 63) // 64 * 64)
+    is_sinks = tile == tl.num_programs(0) - 1
+    # tokens counted from the first behind the sinks, or from the first of all
+    ring = tl.where(is_sinks, 64, slots - sinks)
+    to_ring = tl.where(is_sinks, tail, tail + sinks)
+    count = tl.where(is_sinks, tl.minimum(sinks, length), length - sinks)
+    in_blocks = tl.where(is_sinks, 0, 64 * blocks)
+    shares = rounds > 0
+    each = 2 * SPAN * tl.maximum(rounds, 1)
+    here = tl.where(shares, 4 * each, each)
+    start = tl.where(is_sinks, 0, tile * here)
+    in_blocks_only = start + here <= in_blocks
+    now = start + tl.where(shares, warp * each, 0)
+    # of the 16 times 8 tokens of a span
+    first = tl.where(shares, 0, 4 * warp)
+    COUNT: tl.constexpr = PAIRS_PADDED // 4
 
-    if tile >= block_tiles:
-        if HAS_BIAS:
-            slot = (tile - block_tiles) * 64 + n
-            token, _ = token_of(slot, slots, sinks, length)
-            s = bias_of_tokens(token, own, is_row, frequencies, no_scores(ROWS, False), PAIRS_PADDED, False, ON_GPU)
-            s = s * bias_scale[:, None] + constant[:, None]
-            # behind the room for blocks, which the number of tiles does not tell
-            to = out + at * out_stride + (out_stride - (slots + 63) // 64 * 64)
-            tl.store(to[:, None] + slot[None, :], s, mask=is_row[:, None])
-    elif tile * BLOCKS < blocks:
-        block = tile * BLOCKS + tl.arange(0, BLOCKS)
-        is_block = block < blocks
-        s = tl.zeros((BLOCKS * ROWS, 64), tl.float32)
-        if HAS_BIAS:
-            # the query turned back to the first token of each block meets one table of 64 angles
-            i = tl.arange(0, PAIRS_PADDED)
-            along_cos = tl.load(own[:, None] + i[None, :], mask=is_row[:, None], other=0)
-            along_sin = tl.load(own[:, None] + PAIRS_PADDED + i[None, :], mask=is_row[:, None], other=0)
-            cos, sin = turned((sinks + 64 * block)[:, None], tl.load(frequencies + i)[None, :])
-            block_cos = along_cos[None, :, :] * cos[:, None, :] + along_sin[None, :, :] * sin[:, None, :]
-            block_sin = along_sin[None, :, :] * cos[:, None, :] - along_cos[None, :, :] * sin[:, None, :]
-            both = tl.reshape(tl.join(block_cos, block_sin), (BLOCKS * ROWS, 2 * PAIRS_PADDED))
-            two = tl.arange(0, 2 * PAIRS_PADDED)
-            turns = tl.load(bias_table + n[:, None] * (2 * PAIRS_PADDED) + two[None, :])
-            # the table holds cos - 1, which keeps the digits of slowly turning pairs
-            s = add_scores_dense(s, both, turns, False, ON_GPU)
-            s += tl.reshape(tl.sum(block_cos, 2), (BLOCKS * ROWS,))[:, None]
-            s = s * _rows_of(bias_scale, BLOCKS, ROWS)[:, None] + _rows_of(constant, BLOCKS, ROWS)[:, None]
+    if start < count:
+        cos = ()
+        sin = ()
+        queries = ()
         if HAS_MEANS:
-            entry = tl.load(table + b.to(tl.int64) * table_stride + block, mask=is_block, other=0)
-            keys_at, _, _, _ = place(
-                anchor,
-                entry,
-                bg % groups,
-                KEY_BYTES,
-                VALUE_BYTES,
-                KEY_QUARTER,
-                VALUE_QUARTER,
-                KEY_PLANES,
-                VALUE_PLANES,
-                IS_MIXED,
-            )
-            by_mean = tl.zeros((BLOCKS, ROWS), tl.float32)
-            for f in tl.static_range(4):
-                mean = mean_quarter(keys_at[:, None], is_block[:, None], KEY_QUARTER, KEY_QUARTER_PADDED, f)
-                turned_q = rotated_quarter(q, at, is_row, KEY_QUARTER_PADDED, f)
-                by_mean += tl.sum(turned_q[None, :, :] * mean[:, None, :], 2)
-            s += tl.reshape(by_mean * row_scale[None, :], (BLOCKS * ROWS,))[:, None]
-        to = tl.broadcast_to((at * out_stride)[None, :], (BLOCKS, ROWS)) + 64 * block[:, None]
-        is_real = is_row[None, :] & is_block[:, None]
-        to = tl.reshape(to, (BLOCKS * ROWS,))
-        tl.store(out + to[:, None] + n[None, :], s, mask=tl.reshape(is_real, (BLOCKS * ROWS,))[:, None])
+            queries = _queries(q + at * KEY_DIM, is_row, t, KEY_DIM)
+        if HAS_BIAS:
+            row = coefficients + tl.where(is_row, at, bg.to(tl.int64) * rows) * (2 * PAIRS_PADDED)
+            cos = _pairs_at(row, t, PAIRS_PADDED)
+            sin = _pairs_at(row + PAIRS_PADDED, t, PAIRS_PADDED)
+            first_cos, first_sin = _angles(now + tl.where(is_sinks, 0, sinks), frequencies, t, COUNT)
+            cos, sin = _turn(cos, sin, first_cos, first_sin, COUNT)
+        for _ in tl.range(0, tl.maximum(rounds, 1), num_stages=1):
+            m0 = row_scale * 0
+            m1 = m0
+            m2 = m0
+            m3 = m0
+            operands = ()
+            if HAS_BIAS:
+                step_cos = _pairs_at(steps, t, PAIRS_PADDED)
+                step_sin = _pairs_at(steps + PAIRS_PADDED, t, PAIRS_PADDED)
+                next_cos, next_sin = _turn(cos, sin, step_cos, step_sin, COUNT)
+                # the table holds cos - 1, which keeps the digits of slowly turning pairs
+                m0 = _sum_of(cos, COUNT) * bias_scale + constant
+                m1 = m0
+                m2 = _sum_of(next_cos, COUNT) * bias_scale + constant
+                m3 = m2
+                operands = _operands(cos, sin, next_cos, next_sin, COUNT)
+                cos, sin = _turn(next_cos, next_sin, step_cos, step_sin, COUNT)
+            if HAS_MEANS:
+                if start < in_blocks:
+                    by_mean = _means(
+                        anchor,
+                        table + b.to(tl.int64) * table_stride,
+                        now // 64,
+                        blocks,
+                        bg % groups,
+                        queries,
+                        thread,
+                        KEY_DIM,
+                        HEAD_BYTES,
+                    )
+                    m0 += row_scale * by_mean[0]
+                    m1 += row_scale * by_mean[1]
+                    m2 += row_scale * by_mean[2]
+                    m3 += row_scale * by_mean[3]
+            for j in tl.range(0, tl.where(shares, SPAN // 8, SPAN // 32), num_stages=1, loop_unroll_factor=4):
+                i = first + j
+                s0 = tl.where(i < SPAN // 16, m0, m1)
+                s2 = tl.where(i < SPAN // 16, m2, m3)
+                s1 = s0
+                s3 = s2
+                if HAS_BIAS:
+                    ASSEMBLY: tl.constexpr = _bias_assembly(PAIRS_PADDED)
+                    CONSTRAINTS: tl.constexpr = _bias_constraints(PAIRS_PADDED)
+                    b0, b1, b2, b3 = tl.inline_asm_elementwise(
+                        ASSEMBLY,
+                        CONSTRAINTS,
+                        ((spans + i * (16 * PAIRS_PADDED) + thread % 32 * 8).to(tl.int64),) + operands,
+                        dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+                        is_pure=True,
+                        pack=1,
+                    )
+                    s0 += b0 * bias_scale
+                    s1 += b1 * bias_scale
+                    s2 += b2 * bias_scale
+                    s3 += b3 * bias_scale
+                place = now + 8 * i + 2 * t
+                _store_by_position(s0, s1, own, place, in_blocks, is_row)
+                _store_by_position(s2, s3, own, place + SPAN, in_blocks, is_row)
+                if not in_blocks_only:
+                    _store_in_ring(s0, s1, to_ring, place, ring, in_blocks, count, is_row)
+                    _store_in_ring(s2, s3, to_ring, place + SPAN, ring, in_blocks, count, is_row)
+            now += 2 * SPAN

@@ -7,6 +7,8 @@ then holds the coordinate `coordinate(p)`. No data moves between threads for eit
 """
 
 import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -17,14 +19,31 @@ from turboquant.codebook import embedded_codebook
 from turboquant.layout import BlockLayout
 from turboquant.ops.devices import is_interpreted
 
-# Inputs: 4 bytes each of plane 0, 1 and 2 in one register, the shift of their 1-bit planes (0 or 2), the table's high
-# and low bytes, 8 entries in 2 registers each, and 0x80808080. Outputs: for each of the 4 fields 4 float16 in 2
-# registers.
-_A, _Y1, _Y2, _SHIFT, _H0, _H1, _L0, _L1, _SIGNS = "$8", "$9", "$10", "$11", "$12", "$16", "$20", "$24", "$28"
-_CONSTRAINTS = ",".join(["=r"] * 8 + ["r"] * 24)
+
+@dataclass(frozen=True)
+class DecoderRegisters:
+    """Names of what the decoder reads.
+
+    Attributes:
+        a, y1, y2: 4 bytes each of plane 0, 1 and 2. factor: of the 1-bit planes, 1 in the first half of them, 4 in
+            the second.
+        high0, high1, low0, low1: the table's high and low bytes, 8 entries in 2 registers each. signs: 0x80808080.
+    """
+
+    a: str
+    y1: str
+    y2: str
+    factor: str
+    high0: str
+    high1: str
+    low0: str
+    low1: str
+    signs: str
 
 
-def _look_up(selectors: str, outputs: tuple[str, str, str, str], sign: str | None) -> list[str]:
+def _look_up(
+    inputs: DecoderRegisters, selectors: str, outputs: tuple[str, str, str, str], sign: str | None
+) -> list[str]:
     """8 look-ups: nibble i of `selectors` is field f (i even) or f + 2 (i odd) of byte i // 2.
 
     With `sign`, a register whose bits 4i + 3 are the signs, entries are magnitudes.
@@ -36,11 +55,14 @@ def _look_up(selectors: str, outputs: tuple[str, str, str, str], sign: str | Non
         (selectors, sign, outputs[0], outputs[2]),
         ("n", "g", outputs[1], outputs[3]),
     ):
-        lines += [f"prmt.b32 u, {_H0}, {_H1}, {nibbles};", f"prmt.b32 v, {_L0}, {_L1}, {nibbles};"]
+        lines += [
+            f"prmt.b32 u, {inputs.high0}, {inputs.high1}, {nibbles};",
+            f"prmt.b32 v, {inputs.low0}, {inputs.low1}, {nibbles};",
+        ]
         if sign is not None:
             # a selector with bit 3 set gives the sign of the byte it selects, 0xFF for 0x80
             lines += [
-                f"prmt.b32 w, {_SIGNS}, {_SIGNS}, {signs};",
+                f"prmt.b32 w, {inputs.signs}, {inputs.signs}, {signs};",
                 "shl.b32 w, w, 1;",
                 "lop3.b32 u, u, w, 0x80808080, 0xF8;",
             ]
@@ -48,17 +70,21 @@ def _look_up(selectors: str, outputs: tuple[str, str, str, str], sign: str | Non
     return lines
 
 
-def _assembly(planes: int) -> str:
-    """PTX that decodes 4 bytes of each of 1 to 3 planes; docs/format.md draws where the bits lie."""
+def decoder(planes: int, inputs: DecoderRegisters, outputs: Sequence[str]) -> str:
+    """PTX that decodes 4 bytes of each of 1 to 3 planes; docs/format.md draws where the bits lie.
+
+    outputs: 8 registers of 2 float16 each: field f of bytes 0 and 1 goes to 2 f, of bytes 2 and 3 to 2 f + 1.
+    """
     lines = []
     if planes >= 2:
-        lines.append(f"shl.b32 y, {_Y1}, {_SHIFT};")
+        # multiplied, not shifted: look-ups and masks keep the units that shift busy, and leave those idle that multiply
+        lines.append(f"mul.lo.u32 y, {inputs.y1}, {inputs.factor};")
     if planes == 3:
-        lines.append(f"shl.b32 z, {_Y2}, {_SHIFT};")
+        lines.append(f"mul.lo.u32 z, {inputs.y2}, {inputs.factor};")
     for first in (0, 1):  # fields 0 and 2, then 1 and 3
-        code = _A
+        code = inputs.a
         if first:
-            lines.append(f"shr.u32 a, {_A}, 2;")
+            lines.append(f"shr.u32 a, {inputs.a}, 2;")
             code = "a"
         if planes == 1:
             lines.append(f"and.b32 s, {code}, 0x33333333;")
@@ -74,13 +100,22 @@ def _assembly(planes: int) -> str:
         if planes == 3:
             lines += [f"shr.u32 c, z, {1 + first};", "lop3.b32 s, s, c, 0x22222222, 0xF8;"]
             if first:
-                sign = _A  # field 1's sign is bit 3 of its nibble as it lies
+                sign = inputs.a  # field 1's sign is bit 3 of its nibble as it lies
             else:
-                lines.append(f"shl.b32 d, {_A}, 2;")
+                lines.append(f"shl.b32 d, {inputs.a}, 2;")
                 sign = "d"
         at = 2 * first
-        lines += _look_up("s", (f"${at}", f"${at + 1}", f"${at + 4}", f"${at + 5}"), sign)
+        lines += _look_up(inputs, "s", (outputs[at], outputs[at + 1], outputs[at + 4], outputs[at + 5]), sign)
     return "{\n.reg .b32 a, b, c, d, g, n, s, t, u, v, w, y, z;\n" + "\n".join(lines) + "\n}"
+
+
+# Operands of the decoder as an elementwise operation: every input but those of the tables comes once for 4 elements.
+_OPERANDS = DecoderRegisters("$8", "$9", "$10", "$11", "$12", "$16", "$20", "$24", "$28")
+_CONSTRAINTS = ",".join(["=r"] * 8 + ["r"] * 24)
+
+
+def _assembly(planes: int) -> str:
+    return decoder(planes, _OPERANDS, [f"${i}" for i in range(8)])
 
 
 _ASSEMBLY_1 = tl.constexpr(_assembly(1))
@@ -213,7 +248,7 @@ def load_codes(
 
 
 @triton.jit
-def _in_vector_register(x):
+def in_vector_register(x):
     """x, so that the assembler does not know it for uniform: it would copy it from a uniform register at every use."""
     return tl.inline_asm_elementwise(
         "{.reg .b32 t; mov.u32 t, %laneid; shr.u32 t, t, 5; add.u32 $0, $1, t;}",
@@ -250,13 +285,13 @@ def decode_fields(
     j = tl.arange(0, QUARTER_PADDED)
     EIGHTH: tl.constexpr = QUARTER // 2
     if ON_GPU:
-        # 4 neighbouring bytes share a register; its lowest byte alone says by how much to shift
-        amount = tl.where((j >= EIGHTH) & (j % 4 == 0), 2, 0).to(tl.uint8)
+        # 4 neighbouring bytes share a register; its lowest byte alone says by how much to multiply
+        factor = tl.where(j % 4 == 0, tl.where(j >= EIGHTH, 4, 1), 0).to(tl.uint8)
         # a register may have bytes of both halves, where a thread has less than 4 neighbours or halves are odd
         if EIGHTH % 4 != 0 or N * QUARTER_PADDED < 4 * 32 * WARPS:
             y1 = tl.where((j >= EIGHTH)[None, :], y1 << 2, y1)
             y2 = tl.where((j >= EIGHTH)[None, :], y2 << 2, y2)
-            amount = (j * 0).to(tl.uint8)
+            factor = (j % 4 == 0).to(tl.uint8)
         f0, f1, f2, f3 = tl.inline_asm_elementwise(
             _ASSEMBLY_1 if PLANES == 1 else (_ASSEMBLY_2 if PLANES == 2 else _ASSEMBLY_3),
             _ASSEMBLY_CONSTRAINTS,
@@ -264,12 +299,12 @@ def decode_fields(
                 a,
                 y1,
                 y2,
-                amount[None, :],
-                _in_vector_register(tl.load(registers)),
-                _in_vector_register(tl.load(registers + 1)),
-                _in_vector_register(tl.load(registers + 2)),
-                _in_vector_register(tl.load(registers + 3)),
-                _in_vector_register(-0x7F7F7F80),  # 0x80 in every byte
+                factor[None, :],
+                in_vector_register(tl.load(registers)),
+                in_vector_register(tl.load(registers + 1)),
+                in_vector_register(tl.load(registers + 2)),
+                in_vector_register(tl.load(registers + 3)),
+                in_vector_register(-0x7F7F7F80),  # 0x80 in every byte
             ],
             dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
             is_pure=True,

@@ -1,0 +1,402 @@
+"""Blocks of coded tokens for up to 8 query rows: planes go from memory to the operands of mma in registers.
+
+Every tensor here has one element for each thread, as in CUDA: thread 4 g + t of a warp, g below 8, t below 4, holds
+what mma.m16n8k16 wants of it (PTX ISA, "Matrix Fragments for mma.m16n8k16"). Which coordinate stands where along a
+product's inner axis is free, and so is which of a warp's 16 tokens; they are chosen such that a thread decodes only
+what it multiplies:
+
+    scores   [rows, tokens] = q [rows, D] @ keys^T: thread (g, t) holds query row g, and of token g a quarter of the
+             bytes of plane 0, the t-th
+    values   out^T [D, rows] += values^T [D, tokens] @ weights^T: thread (g, t) holds of tokens 2 t, 2 t + 1, 2 t + 8
+             and 2 t + 9 an eighth of the bytes, the g-th, and their weights in row g, which are its scores
+
+So nothing goes through shared memory, and no thread waits for another. Each of 4 warps takes 16 tokens of a block
+and keeps a softmax of its own; they meet behind the loop. Triton's interpreter cannot run any of it.
+"""
+
+import triton
+import triton.language as tl
+
+from turboquant.ops.attend.lanes import most_of_row, multiply, names, of_rows, packed, rounded, two_halves, words_at
+from turboquant.ops.attend.parts import capped
+from turboquant.ops.unpack.kernel import DecoderRegisters, decoder, in_vector_register
+
+# Query rows that a program can hold.
+ROWS = 8
+ROWS_HELD = tl.constexpr(ROWS)
+WARPS = 4
+QUARTERS = (16, 32, 64)  # bytes of plane 0, of heads that are served
+
+_TABLES = 6  # operands that every piece of assembly begins with: table, signs, factor
+
+
+def _decoder_registers(first: int, a: str, y1: str, y2: str) -> DecoderRegisters:
+    high0, high1, low0, low1, signs, factor = names(first, _TABLES)
+    return DecoderRegisters(a, y1, y2, factor, high0, high1, low0, low1, signs)
+
+
+def _scores(planes: int, quarter: int) -> tuple[str, str]:
+    """Products of a query row with 8 tokens: assembly and its constraints.
+
+    Outputs: scores of tokens 2 t and 2 t + 1 in row g, float32. Inputs: table, signs, factor; q as pairs of float16,
+    for each word of 4 bytes and field a pair for bytes 0 and 1 and one for 2 and 3; the words of each plane.
+    """
+    words = quarter // 16
+    at = 2 + _TABLES
+    q = names(at, 8 * words)
+    at += len(q)
+    a, y1, y2 = (names(at + p * words, words) if p < planes else ["0"] * words for p in range(3))
+    inputs = _TABLES + (8 + planes) * words
+    lines = [
+        ".reg .b32 none, k<8>;",
+        ".reg .f32 c<8>;",
+        "mov.b32 none, 0;",
+        *(f"mov.f32 c{i}, 0f00000000;" for i in range(8)),
+    ]
+    for w in range(words):
+        keys = [f"k{i}" for i in range(8)]
+        lines.append(decoder(planes, _decoder_registers(2, a[w], y1[w], y2[w]), keys))
+        for f in range(4):
+            # two sums: a product waits for the one before
+            to = [f"c{4 * (f % 2) + i}" for i in range(4)]
+            pair = q[8 * w + 2 * f : 8 * w + 2 * f + 2]
+            lines.append(multiply(to, (pair[0], "none", pair[1], "none"), (keys[2 * f], keys[2 * f + 1])))
+    lines += ["add.f32 $0, c0, c4;", "add.f32 $1, c1, c5;"]
+    constraints = ["=f"] * 2 + ["r"] * inputs
+    return "{\n" + "\n".join(lines) + "\n}", ",".join(constraints)
+
+
+def _values(planes: int, quarter: int) -> tuple[str, str]:
+    """Weighted values of 16 tokens added to the sums: assembly and its constraints.
+
+    Outputs: the sums [D / 16 products, 4] float32; product 4 (2 w + p) + f has field f of bytes 2 p and 2 p + 1 of
+    word w, of which rows 2 t and 2 t + 1, then the same of the second byte. Inputs: table, signs, factor; weights of
+    the tokens as two pairs of float16; whether a row's sums must shrink; by what, of rows 2 t and 2 t + 1; for each
+    plane its words of tokens 2 t, 2 t + 1, 2 t + 8 and 2 t + 9; the sums.
+    """
+    sums = quarter
+    words = max(quarter // 32, 1)
+    halves = 2 if quarter >= 32 else 1  # of a word that hold anything
+    weights = names(sums + _TABLES, 2)
+    flag, even, odd = names(sums + _TABLES + 2, 3)
+    at = sums + _TABLES + 5
+    planes_at = [names(at + p * 4 * words, 4 * words) for p in range(planes)]
+    before = names(at + planes * 4 * words, sums)
+    lines = [
+        ".reg .b32 v<8>, x<8>, m<6>;",
+        f".reg .f32 c<{sums}>;",
+        ".reg .pred changed;",
+        *(f"mov.f32 c{i}, {name};" for i, name in enumerate(before)),
+        f"setp.ne.s32 changed, {flag}, 0;",
+        "vote.sync.any.pred changed, changed, 0xffffffff;",
+        "@!changed bra.uni shrunk;",
+        *(f"mul.f32 c{i}, c{i}, {odd if i % 2 else even};" for i in range(sums)),
+        "shrunk:",
+    ]
+    for w in range(words):
+        for half in range(halves):
+            for pair, out in ((0, "v"), (1, "x")):
+                mixed = []
+                for p in range(planes):
+                    # bytes of two tokens alternate, so that a decoded pair is one coordinate of both
+                    one, other = (planes_at[p][4 * w + 2 * pair + i] for i in range(2))
+                    mixed.append(f"m{3 * pair + p}")
+                    lines.append(f"prmt.b32 {mixed[-1]}, {one}, {other}, {0x7362 if half else 0x5140:#x};")
+                a, y1, y2 = (mixed + ["0", "0"])[:3]
+                lines.append(decoder(planes, _decoder_registers(sums, a, y1, y2), [f"{out}{i}" for i in range(8)]))
+            for f in range(4):
+                product = 4 * (2 * w + half) + f
+                to = [f"c{4 * product + i}" for i in range(4)]
+                operand = (f"v{2 * f}", f"v{2 * f + 1}", f"x{2 * f}", f"x{2 * f + 1}")
+                lines.append(multiply(to, operand, (weights[0], weights[1])))
+    lines += [f"mov.f32 ${i}, c{i};" for i in range(sums)]
+    inputs = ["r"] * (_TABLES + 3) + ["f"] * 2 + ["r"] * (planes * 4 * words) + ["f"] * sums
+    return "{\n" + "\n".join(lines) + "\n}", ",".join(["=f"] * sums + inputs)
+
+
+# By side (0 keys, 1 values), planes and bytes of plane 0; a constant, of which Triton's cache of compiled kernels knows
+# when it changes.
+_ASSEMBLY = tl.constexpr({
+    (side, planes, quarter): build(planes, quarter)
+    for side, build in enumerate((_scores, _values))
+    for planes in (1, 2, 3)
+    for quarter in QUARTERS
+})
+
+
+@triton.constexpr_function
+def _assembly(side, planes, quarter):
+    return _ASSEMBLY.value[side, planes, quarter][0]
+
+
+@triton.constexpr_function
+def _constraints(side, planes, quarter):
+    return _ASSEMBLY.value[side, planes, quarter][1]
+
+
+@triton.jit
+def _load_token(plane, bit_plane, mask, QUARTER: tl.constexpr, PLANES: tl.constexpr):
+    """A thread's quarter of a token's planes: words of plane 0, then of each 1-bit plane."""
+    OWN: tl.constexpr = QUARTER // 4
+    words = words_at(plane, mask, OWN)
+    for p in tl.static_range(1, PLANES):
+        words = words + words_at(bit_plane + 64 * (QUARTER // 2) * (p - 1), mask, OWN)
+    return words
+
+
+@triton.jit
+def _load_keys(record, thread, mask, AT: tl.constexpr, QUARTER: tl.constexpr, PLANES: tl.constexpr):
+    """A thread's part of a block's keys, two tokens, whose planes begin at AT, and the scales of its four scores."""
+    first = thread // 32 * 16  # token of the warp
+    g = thread % 32 // 4
+    t = thread % 4
+    HALF: tl.constexpr = QUARTER // 2
+    # what depends on the thread is added once, and what remains of an address is a constant
+    plane = record + ((first + g) * QUARTER + t * (QUARTER // 4))
+    bits = record + ((first + g) * HALF + t % 2 * (QUARTER // 4))
+    scales = record + 2 * (first + 2 * t)
+    BITS_AT: tl.constexpr = AT + 64 * QUARTER
+    words = _load_token(plane + AT, bits + BITS_AT, mask, QUARTER, PLANES)
+    words = words + _load_token(plane + (AT + 8 * QUARTER), bits + (BITS_AT + 8 * HALF), mask, QUARTER, PLANES)
+    return words + words_at(scales, mask, 4) + words_at(scales + 16, mask, 4)
+
+
+@triton.jit
+def _load_plane(plane, mask, ROW: tl.constexpr, OWN: tl.constexpr):
+    """OWN bytes of a plane of each of a thread's four tokens: first words of all, second words of all."""
+    a = words_at(plane, mask, OWN)
+    b = words_at(plane + ROW, mask, OWN)
+    c = words_at(plane + 8 * ROW, mask, OWN)
+    d = words_at(plane + 9 * ROW, mask, OWN)
+    words = (a[0], b[0], c[0], d[0])
+    if OWN == 8:
+        words = words + (a[1], b[1], c[1], d[1])
+    return words
+
+
+@triton.jit
+def _load_values(record, thread, mask, AT: tl.constexpr, QUARTER: tl.constexpr, PLANES: tl.constexpr):
+    """A thread's part of a block's values, which begin at AT, four tokens, and their scales."""
+    own = thread // 32 * 16 + 2 * (thread % 4)
+    g = thread % 32 // 4
+    HALF: tl.constexpr = QUARTER // 2
+    EIGHTH: tl.constexpr = QUARTER // 8
+    plane = record + (own * QUARTER + g * EIGHTH)
+    bits = record + (own * HALF + g % 4 * EIGHTH)
+    scales = record + 2 * own
+    words = _load_plane(plane + (AT + 128), mask, QUARTER, EIGHTH)
+    for p in tl.static_range(1, PLANES):
+        words = words + _load_plane(bits + (AT + 128 + 64 * QUARTER + 64 * HALF * (p - 1)), mask, HALF, EIGHTH)
+    return words + words_at(scales + AT, mask, 4) + words_at(scales + (AT + 16), mask, 4)
+
+
+@triton.jit
+def _table(registers, PLANES: tl.constexpr):
+    """The permute table of codes of PLANES planes, and the signs, as the assembly takes them."""
+    own = registers + (12 * (PLANES - 1) + 4 * (PLANES - 1))
+    return (
+        in_vector_register(tl.load(own)),
+        in_vector_register(tl.load(own + 1)),
+        in_vector_register(tl.load(own + 2)),
+        in_vector_register(tl.load(own + 3)),
+        in_vector_register(-0x7F7F7F80),  # 0x80 in every byte
+    )
+
+
+@triton.jit
+def _power_of_two(scale):
+    """The exponent of a scale, a float16 in float32, and 2 to the minus that: exact to multiply by.
+
+    NaN and infinity make NaN of the weights; zero counts as the smallest number.
+    """
+    power = tl.maximum(scale.to(tl.int32, bitcast=True) >> 23, 127 - 24)
+    # the integer in the last digits of 2^23, which needs no conversion
+    exponent = (power + 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + 127.0)
+    return exponent, ((254 - power) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _sum_of_8(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7
+
+
+@triton.jit
+def _over_warps(parts, factors, START: tl.constexpr):
+    """Sums over the warps of 8 tensors [T], from START, times factors of even and odd ones; 8 of [32].
+
+    Together, so that there is one barrier, and apart, so that no two threads of a warp meet in a memory bank.
+    """
+    scaled = ()
+    for i in tl.static_range(START, START + 8):
+        scaled = scaled + (tl.reshape(parts[i] * factors[i % 2], (4, 32)),)
+    return tl.reduce(scaled, 0, _sum_of_8)
+
+
+@triton.jit
+def attend_fragments(
+    anchor,
+    entries,
+    first,
+    last,
+    head,
+    sinks,
+    q,
+    at,
+    rows,
+    row_scale,
+    position,
+    softcap,
+    terms,
+    terms_stride,
+    registers,
+    out_top,
+    out_mass,
+    out_acc,
+    KEY_DIM: tl.constexpr,
+    KEY_QUARTER: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_QUARTER: tl.constexpr,
+    KEY_PLANES: tl.constexpr,
+    VALUE_PLANES: tl.constexpr,
+    KEY_BYTES: tl.constexpr,
+    VALUE_BYTES: tl.constexpr,
+    HAS_MEANS: tl.constexpr,
+    READS_TERMS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+):
+    """The blocks [first, last) of `entries` for `rows` query rows, at most 8; stores top, mass and weighted sums.
+
+    q: of `prepare_rows`, its row `at` the first. row_scale, position: [128], of thread (g, t)'s row g. terms: of the
+    first row, rows terms_stride apart. out_top, out_mass, out_acc: of the first row.
+    """
+    thread = tl.arange(0, 32 * 4)
+    g = thread % 32 // 4
+    t = thread % 4
+    own = thread // 32 * 16 + 2 * t  # of a block's tokens the one of the first score; the others 1, 8 and 9 further
+    is_row = g < rows
+    KEY_WORDS: tl.constexpr = KEY_QUARTER // 16
+    KEYS: tl.constexpr = KEY_WORDS * KEY_PLANES
+    VALUES: tl.constexpr = 4 * VALUE_PLANES * (2 if VALUE_QUARTER == 64 else 1)
+    SUMS: tl.constexpr = VALUE_QUARTER
+
+    own_q = (q + (at + g) * (4 * KEY_QUARTER) + t * (KEY_QUARTER // 4)).to(tl.pointer_type(tl.int64))
+    queries = ()
+    for w in tl.static_range(0, KEY_WORDS):
+        for f in tl.static_range(0, 4):
+            both = own_q + (f * KEY_QUARTER + 4 * w) // 2
+            queries = queries + (rounded(tl.load(both, mask=is_row, other=0)),)
+            queries = queries + (rounded(tl.load(both + 1, mask=is_row, other=0)),)
+    key_table = _table(registers, KEY_PLANES) + (t // 2 * 3 + 1,)
+    value_table = _table(registers, VALUE_PLANES) + (g // 4 * 3 + 1,)
+    top = tl.full((32 * 4,), -1e30, tl.float32)
+    mass = tl.zeros((32 * 4,), tl.float32)
+    sums = (tl.zeros((32 * 4,), tl.float32),) * SUMS
+
+    # a side's bytes but for its 1-bit planes, and those
+    KEYS_AT: tl.constexpr = 128 + (2 * KEY_DIM if HAS_MEANS else 0)
+    VALUES_AT: tl.constexpr = KEY_BYTES + (KEY_PLANES - 1) * (32 * KEY_QUARTER)
+    HEAD_BYTES: tl.constexpr = VALUES_AT + VALUE_BYTES + (VALUE_PLANES - 1) * (32 * VALUE_QUARTER)
+    own_anchor = anchor + head * HEAD_BYTES
+    record = own_anchor + (tl.load(entries + first, mask=first < last, other=0) & -16)
+    is_left = first + 0 * thread < last
+    keys = _load_keys(record, thread, is_left, KEYS_AT, KEY_QUARTER, KEY_PLANES)
+    values = _load_values(record, thread, is_left, VALUES_AT, VALUE_QUARTER, VALUE_PLANES)
+    entry = tl.load(entries + first + 1, mask=first + 1 < last, other=0)
+    for block in tl.range(first, last, num_stages=1):
+        KEY_ASSEMBLY: tl.constexpr = _assembly(0, KEY_PLANES, KEY_QUARTER)
+        KEY_CONSTRAINTS: tl.constexpr = _constraints(0, KEY_PLANES, KEY_QUARTER)
+        s0, s1 = tl.inline_asm_elementwise(
+            KEY_ASSEMBLY,
+            KEY_CONSTRAINTS,
+            key_table + queries + keys[:KEYS],
+            dtype=(tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+        s2, s3 = tl.inline_asm_elementwise(
+            KEY_ASSEMBLY,
+            KEY_CONSTRAINTS,
+            key_table + queries + keys[KEYS : 2 * KEYS],
+            dtype=(tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+        k0, k1 = two_halves(keys[2 * KEYS])
+        k2, k3 = two_halves(keys[2 * KEYS + 1])
+        v0, v1 = two_halves(values[VALUES])
+        v2, v3 = two_halves(values[VALUES + 1])
+        # the next block's keys are on their way while these are weighed, its values while its keys are multiplied
+        record = own_anchor + (entry & -16)
+        is_left = block + 1 + 0 * thread < last
+        keys = _load_keys(record, thread, is_left, KEYS_AT, KEY_QUARTER, KEY_PLANES)
+        entry = tl.load(entries + block + 2, mask=block + 2 < last, other=0)
+        s0 *= k0 * row_scale
+        s1 *= k1 * row_scale
+        s2 *= k2 * row_scale
+        s3 *= k3 * row_scale
+        if READS_TERMS:
+            term = terms + g * terms_stride + 64 * block + own
+            s0 += tl.load(term, mask=is_row, other=0)
+            s1 += tl.load(term + 1, mask=is_row, other=0)
+            s2 += tl.load(term + 8, mask=is_row, other=0)
+            s3 += tl.load(term + 9, mask=is_row, other=0)
+        s0 = capped(s0, softcap, HAS_SOFTCAP)
+        s1 = capped(s1, softcap, HAS_SOFTCAP)
+        s2 = capped(s2, softcap, HAS_SOFTCAP)
+        s3 = capped(s3, softcap, HAS_SOFTCAP)
+        if IS_CAUSAL:
+            left = position - (sinks + 64 * block + own)
+            s0 = tl.where(left >= 0, s0, float("-inf"))
+            s1 = tl.where(left >= 1, s1, float("-inf"))
+            s2 = tl.where(left >= 8, s2, float("-inf"))
+            s3 = tl.where(left >= 9, s3, float("-inf"))
+
+        # a value's scale joins the exponent: weights are at most 1 and keep their digits in float16
+        e0, i0 = _power_of_two(v0)
+        e1, i1 = _power_of_two(v1)
+        e2, i2 = _power_of_two(v2)
+        e3, i3 = _power_of_two(v3)
+        s0 += e0
+        s1 += e1
+        s2 += e2
+        s3 += e3
+        new_top = tl.maximum(top, most_of_row(tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3))))
+        shrink = tl.exp2(top - new_top)
+        w0 = tl.exp2(s0 - new_top)
+        w1 = tl.exp2(s1 - new_top)
+        w2 = tl.exp2(s2 - new_top)
+        w3 = tl.exp2(s3 - new_top)
+        mass = mass * shrink + (w0 * i0 + w1 * i1) + (w2 * i2 + w3 * i3)
+        even, odd = of_rows(shrink)
+        weights = (packed(w0 * (v0 * i0), w1 * (v1 * i1)), packed(w2 * (v2 * i2), w3 * (v3 * i3)))
+        VALUE_ASSEMBLY: tl.constexpr = _assembly(1, VALUE_PLANES, VALUE_QUARTER)
+        VALUE_CONSTRAINTS: tl.constexpr = _constraints(1, VALUE_PLANES, VALUE_QUARTER)
+        sums = tl.inline_asm_elementwise(
+            VALUE_ASSEMBLY,
+            VALUE_CONSTRAINTS,
+            value_table + weights + ((new_top > top).to(tl.int32), even, odd) + values[:VALUES] + sums,
+            dtype=(tl.float32,) * SUMS,
+            is_pure=True,
+            pack=1,
+        )
+        values = _load_values(record, thread, is_left, VALUES_AT, VALUE_QUARTER, VALUE_PLANES)
+        top = new_top
+
+    # the four warps, and what each thread of a row has of its mass
+    tops = tl.reshape(top, (4, ROWS_HELD, 4))
+    best = tl.max(tops, 0)
+    shrink = tl.exp2(top - tl.reshape(tl.broadcast_to(best[None, :, :], (4, ROWS_HELD, 4)), (32 * 4,)))
+    total = tl.sum(tl.sum(tl.reshape(mass * shrink, (4, ROWS_HELD, 4)), 0), 1)
+    r = tl.arange(0, ROWS_HELD)
+    tl.store(out_top + r, tl.max(best, 1), mask=r < rows)
+    tl.store(out_mass + r, total, mask=r < rows)
+    even, odd = of_rows(shrink)
+    lane = tl.arange(0, 32)
+    for start in tl.static_range(0, SUMS, 8):
+        found = _over_warps(sums, (even, odd), start)
+        for j in tl.static_range(0, 8):
+            i = start + j
+            row = lane % 4 * 2 + i % 2
+            column = i // 4 % 4 * VALUE_QUARTER + lane // 4 * (VALUE_QUARTER // 8) + i // 16 * 2 + i // 2 % 2
+            tl.store(out_acc + row * VALUE_DIM + column, found[j], mask=row < rows)

@@ -1,0 +1,159 @@
+"""What kernels of one element a thread share: pieces of PTX, loads as words, and what threads of a warp exchange.
+
+Thread 4 g + t of a warp, g below 8, t below 4, holds what mma.m16n8k16 wants of it: of the first operand rows g and
+g + 8, of the second column g, of the result rows g and g + 8 and columns 2 t and 2 t + 1 (PTX ISA, "Matrix Fragments
+for mma.m16n8k16").
+"""
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+
+
+def names(first: int, count: int) -> list[str]:
+    return [f"${i}" for i in range(first, first + count)]
+
+
+def multiply(to: Sequence[str], a: Sequence[str], b: Sequence[str]) -> str:
+    c = "{" + ", ".join(to) + "}"
+    return f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {c}, {{{', '.join(a)}}}, {{{', '.join(b)}}}, {c};"
+
+
+@triton.jit
+def words_at(pointer, mask, BYTES: tl.constexpr):
+    """2, 4, 8 or 16 bytes as a tuple of int32."""
+    if BYTES == 2:
+        words = (tl.load(pointer.to(tl.pointer_type(tl.uint16)), mask=mask).to(tl.int32),)
+    elif BYTES == 4:
+        words = (tl.load(pointer.to(tl.pointer_type(tl.int32)), mask=mask),)
+    elif BYTES == 8:
+        both = tl.load(pointer.to(tl.pointer_type(tl.int64)), mask=mask)
+        words = (both.to(tl.int32), (both >> 32).to(tl.int32))
+    else:
+        words = words_at(pointer, mask, 8) + words_at(pointer + 8, mask, 8)
+    return words
+
+
+@triton.jit
+def two_halves(word):
+    """Two float16 as float32."""
+    return tl.inline_asm_elementwise(
+        "{.reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h;}",
+        "=f,=f,r",
+        [word],
+        dtype=(tl.float32, tl.float32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def rounded(both):
+    """Two float32 in 8 bytes as two float16 in one word."""
+    return tl.inline_asm_elementwise(
+        "{.reg .f32 l, h; mov.b64 {l, h}, $1; cvt.rn.f16x2.f32 $0, h, l;}",
+        "=r,l",
+        [both],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def packed(low, high):
+    """Two float32 as float16 in one word."""
+    return tl.inline_asm_elementwise(
+        "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def most_of_row(x):
+    """The largest of the four threads of a row."""
+    return tl.inline_asm_elementwise(
+        """{.reg .f32 y, z;
+        shfl.sync.bfly.b32 y, $1, 1, 0x1f, 0xffffffff; max.f32 z, $1, y;
+        shfl.sync.bfly.b32 y, z, 2, 0x1f, 0xffffffff; max.f32 $0, z, y;}""",
+        "=f,f",
+        [x],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def of_rows(x):
+    """What rows 2 t and 2 t + 1 have, where thread (g, t) has row g."""
+    return tl.inline_asm_elementwise(
+        """{.reg .b32 l; mov.u32 l, %laneid; and.b32 l, l, 3; shl.b32 l, l, 3;
+        shfl.sync.idx.b32 $0, $2, l, 0x1f, 0xffffffff; add.u32 l, l, 4;
+        shfl.sync.idx.b32 $1, $2, l, 0x1f, 0xffffffff;}""",
+        "=f,=f,f",
+        [x],
+        dtype=(tl.float32, tl.float32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def high_and_low(x, y):
+    """Two float32 as two float16 in one word, and what that leaves out, in another."""
+    return tl.inline_asm_elementwise(
+        """{.reg .f32 a, b; .reg .b16 l, h; .reg .b32 p;
+        cvt.rn.f16x2.f32 p, $3, $2; mov.b32 {l, h}, p;
+        cvt.f32.f16 a, l; cvt.f32.f16 b, h; sub.f32 a, $2, a; sub.f32 b, $3, b;
+        cvt.rn.f16x2.f32 $1, b, a; mov.b32 $0, p;}""",
+        "=r,=r,f,f",
+        [x, y],
+        dtype=(tl.int32, tl.int32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def two_floats(words):
+    """Two float32 of 8 bytes."""
+    return tl.inline_asm_elementwise(
+        "mov.b64 {$0, $1}, $2;", "=f,=f,l", [words], dtype=(tl.float32, tl.float32), is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def sum_of_row(x):
+    """The sum of the four threads of a row."""
+    return tl.inline_asm_elementwise(
+        """{.reg .f32 y, z;
+        shfl.sync.bfly.b32 y, $1, 1, 0x1f, 0xffffffff; add.f32 z, $1, y;
+        shfl.sync.bfly.b32 y, z, 2, 0x1f, 0xffffffff; add.f32 $0, z, y;}""",
+        "=f,f",
+        [x],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def of_first_two(x):
+    """What the row's threads 0 and 1 have."""
+    return tl.inline_asm_elementwise(
+        """{.reg .b32 l; mov.u32 l, %laneid; and.b32 l, l, 28;
+        shfl.sync.idx.b32 $0, $2, l, 0x1f, 0xffffffff; add.u32 l, l, 1;
+        shfl.sync.idx.b32 $1, $2, l, 0x1f, 0xffffffff;}""",
+        "=f,=f,f",
+        [x],
+        dtype=(tl.float32, tl.float32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def eight_bytes(x, y):
+    """Two float32 as 8 bytes."""
+    return tl.inline_asm_elementwise("mov.b64 $0, {$1, $2};", "=l,f,f", [x, y], dtype=tl.int64, is_pure=True, pack=1)
