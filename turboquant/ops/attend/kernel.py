@@ -42,7 +42,7 @@ from turboquant.ops.attend.parts import (
     turned,
 )
 from turboquant.ops.attend.rows import merge_rows, prepare_rows
-from turboquant.ops.attend.terms import PAIRS, SPAN, key_terms
+from turboquant.ops.attend.terms import PAIRS, key_terms
 from turboquant.ops.devices import capability, is_interpreted, multiprocessors
 from turboquant.ops.unpack.kernel import decode_fields, load_codes, tables
 
@@ -88,9 +88,6 @@ _TERMS_WARPS, _TERMS_FEW = 8, 2
 
 # Coordinates of a row that one program rotates, or turns back.
 _CHUNK = 32
-
-# Capabilities with less than 100 KiB a program: no room for the low parts of the angles of more than 64 pairs.
-_LITTLE_SHARED_MEMORY = (86, 87, 89, 120, 121)
 
 # A share of fewer blocks costs more in merging than it gains in parallel.
 _LEAST_BLOCKS = 2
@@ -183,7 +180,6 @@ def _attend_blocks(
     IS_MIXED: tl.constexpr,
     HAS_MEANS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_LOW_TABLE: tl.constexpr,
     PAIRS_PADDED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
@@ -220,9 +216,7 @@ def _attend_blocks(
             along_cos * cos[None, :] + along_sin * sin[None, :],
             along_sin * cos[None, :] - along_cos * sin[None, :],
         )
-        turns = table_of_block(bias_table, 0, SPAN, PAIRS_PADDED)
-        if HAS_LOW_TABLE:
-            turns_low = table_of_block(bias_table, 1, SPAN, PAIRS_PADDED)
+        turns = table_of_block(bias_table, PAIRS_PADDED)
     for block in tl.range(first, last, num_stages=STAGES):
         entry = tl.load(entries + block)
         keys_at, values_at, key_planes, value_planes = place(
@@ -268,8 +262,6 @@ def _attend_blocks(
             both = tl.reshape(tl.join(along_cos, along_sin), (ROWS, 2 * PAIRS_PADDED))
             # the table holds cos - 1, which keeps the digits of slowly turning pairs
             bias = add_scores_dense(no_scores(ROWS, SWAP), both, turns, SWAP, ON_GPU)
-            if HAS_LOW_TABLE:
-                bias = add_scores(bias, both.to(tl.float16), turns_low, SWAP, ON_GPU)
             bias = by_row(bias, SWAP) + tl.sum(along_cos, 1)[:, None]
             s += bias * bias_scale[:, None] + constant[:, None]
             along_cos, along_sin = (
@@ -470,7 +462,6 @@ def _attend_split(
     IS_MIXED: tl.constexpr,
     HAS_MEANS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_LOW_TABLE: tl.constexpr,
     READS_TERMS: tl.constexpr,
     PAIRS_PADDED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -585,7 +576,6 @@ def _attend_split(
                 IS_MIXED,
                 HAS_MEANS,
                 HAS_BIAS,
-                HAS_LOW_TABLE,
                 PAIRS_PADDED,
                 HAS_SOFTCAP,
                 IS_CAUSAL,
@@ -730,7 +720,6 @@ def attend_packed(
         "IS_MIXED": is_mixed,
         "HAS_MEANS": layout.key.mean_bytes > 0,
         "HAS_BIAS": bias is not None,
-        "HAS_LOW_TABLE": pairs_padded <= 64 or capability(device) not in _LITTLE_SHARED_MEMORY,
         "PAIRS_PADDED": pairs_padded,
         "HAS_SOFTCAP": softcap is not None,
         "ON_GPU": not is_interpreted(),

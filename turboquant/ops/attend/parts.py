@@ -176,11 +176,10 @@ def token_of(slot, slots, sinks, length):
 
 
 @triton.jit
-def table_of_block(spans, PART: tl.constexpr, SPAN: tl.constexpr, PAIRS_PADDED: tl.constexpr):
-    """cos - 1 and sin of each pair at positions 0 to 63 [64, 2 P]: part 0 or 1 of BiasTerms.spans."""
+def table_of_block(spans, PAIRS_PADDED: tl.constexpr):
+    """cos - 1 and sin of each pair at positions 0 to 63 [64, 2 P]: of the first part of BiasTerms.spans."""
     n = tl.arange(0, 64)[:, None]
     two = tl.arange(0, 2 * PAIRS_PADDED)[None, :]
-    spans += PART * (SPAN * 2 * PAIRS_PADDED)
     return tl.load(spans + ((n // 8 * (PAIRS_PADDED // 16) + two // 32) * 32 + n % 8 * 4 + two % 32 // 8) * 8 + two % 8)
 
 
