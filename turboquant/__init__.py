@@ -11,6 +11,7 @@ The names that need transformers (TurboQuantCache, wrap, LayerReport) load it wh
 from typing import TYPE_CHECKING, Any
 
 from turboquant.errors import OptionError, ShapeError, StateError, TurboQuantError, UnsupportedModelError
+from turboquant.index import TurboQuantIndex
 from turboquant.key_bias import KeyBias
 from turboquant.policy import Precision
 from turboquant.quantizer import TurboQuantIP, TurboQuantMSE
@@ -31,6 +32,7 @@ __all__ = [
     "TurboQuantCache",
     "TurboQuantError",
     "TurboQuantIP",
+    "TurboQuantIndex",
     "TurboQuantMSE",
     "UnsupportedModelError",
     "wrap",
