@@ -133,9 +133,7 @@ def _measure(capability: int, case: str, name: str, compiled: Any) -> Compiled:
     )
 
 
-def attend_calls(
-    bits: int, dim: int, group: int, queries: int, dtype: torch.dtype, *, terms: bool, blocks: int = 64
-) -> None:
+def attend_calls(bits: int, dim: int, group: int, queries: int, dtype: torch.dtype, *, terms: bool) -> None:
     """Launches of one call of attention."""
     heads = 2
     layout = BlockLayout(heads, SideLayout(bits, dim, dtype, terms), SideLayout(bits, dim, dtype, False))
@@ -153,7 +151,7 @@ def attend_calls(
         scale=dim**-0.5,
         softcap=None,
         sink_logits=None,
-        most_blocks=blocks,
+        most_blocks=64,
         is_mixed=False,
     )
 
@@ -193,12 +191,6 @@ def main() -> None:
     if not options.quick:
         cases |= {
             "4 bits, d 128, group 5, key terms": lambda: attend_calls(4, 128, 5, 1, brain, terms=True),
-            "3 bits, d 128, group 5, key terms, long": lambda: attend_calls(
-                3, 128, 5, 1, brain, terms=True, blocks=512
-            ),
-            "4 bits, d 256, group 8, key terms, long": lambda: attend_calls(
-                4, 256, 8, 1, brain, terms=True, blocks=512
-            ),
             "3 bits, d 128, group 5": lambda: attend_calls(3, 128, 5, 1, brain, terms=False),
             "2 bits, d 64, group 7, key terms": lambda: attend_calls(2, 64, 7, 1, half, terms=True),
             "4 bits, d 256, group 8": lambda: attend_calls(4, 256, 8, 1, brain, terms=False),

@@ -89,7 +89,8 @@ def measured(shape: Shape, launches: list[Launch], bits: list[int]) -> dict[Laun
 
 def table_lines(best: dict[tuple[int, int], Launch]) -> str:
     """Entries of the table in kernel.py."""
-    return "".join(f"        ({rows}, {width}, {launch}),\n" for (rows, width), launch in best.items())
+    most = {rows: str(rows) if rows <= FRAGMENT_ROWS else "1 << 30" for rows, _ in best}
+    return "".join(f"        ({most[rows]}, {width}, {launch}),\n" for (rows, width), launch in best.items())
 
 
 def main() -> None:
@@ -144,7 +145,7 @@ def main() -> None:
         text = path.read_text(encoding="utf-8")
         key = capability(device) if capability(device) in kernel._LAUNCHES else 0
         for entry in lines.splitlines():
-            start = re.match(r"\s+\((\d+), (\d+), ", entry)
+            start = re.match(r"\s+\(([\d <]+), (\d+), ", entry)
             assert start is not None  # noqa: S101  made above
             old = rf"(\n    {key}: \[(?:\n.*?)*?)\n {{8}}\({start[1]}, {start[2]}, Launch\(.*?\)\),"
             text, found = re.subn(old, lambda match, entry=entry: match[1] + "\n" + entry, text, count=1)

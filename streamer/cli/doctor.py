@@ -18,7 +18,6 @@ import psutil
 from streamer.cli.group import CONTEXT_SETTINGS
 from streamer.interrupts import ends_at_once
 from streamer.options import GB, cache_dir, format_size, offline_from_environment
-from turboquant.ops.devices import LEAST_TRITON, triton_serves
 
 _PACKAGES = ("tq-stream", "torch", "transformers", "accelerate", "safetensors", "triton")
 
@@ -191,6 +190,20 @@ def _contact(endpoint: str) -> str | None:
     return faults[0] if faults else silence
 
 
+def _kernels(capability: str, installed: str) -> str:
+    """Whether kernels read a compressed cache on a GPU of that compute capability."""
+    # not at the top: torch comes along, which doctor may be asked about because it cannot be imported
+    from turboquant.ops.devices import LEAST_CAPABILITY, LEAST_TRITON, triton_serves
+
+    slowly = "plain PyTorch reads a compressed cache, slowly"
+    if not triton_serves():
+        return f"no, {installed} and they need {'.'.join(map(str, LEAST_TRITON))}: {slowly}"
+    major, minor = (int(part) for part in capability.split("."))
+    if 10 * major + minor < LEAST_CAPABILITY:
+        return f"no, compute capability {capability} is below {LEAST_CAPABILITY / 10:.1f}: {slowly}"
+    return f"yes, they read a compressed cache ({installed})"
+
+
 def _works(findings: dict[str, Any]) -> list[dict[str, str]]:
     gpus, memory = findings["gpus"], findings["memory"]
     if gpus:
@@ -199,14 +212,7 @@ def _works(findings: dict[str, Any]) -> list[dict[str, str]]:
         streaming = "no, there is no GPU; plans for one can be made: tq-stream memory-report MODEL --vram 24GiB"
     triton = findings["versions"]["triton"]
     installed = f"triton {triton} is installed" if triton else "triton is not installed"
-    if not gpus:
-        kernels = f"not needed without a GPU ({installed})"
-    elif triton_serves():
-        kernels = f"yes, they read a compressed cache ({installed})"
-    else:
-        kernels = (
-            f"no, {installed} and they need {'.'.join(map(str, LEAST_TRITON))}: plain PyTorch reads a compressed cache"
-        )
+    kernels = _kernels(gpus[0]["capability"], installed) if gpus else f"not needed without a GPU ({installed})"
     hub, places = findings["hub"], (findings["cache"], findings["hub_cache"])
     blocked = [place for place in places if place["fault"] is not None]
     if blocked:

@@ -15,7 +15,6 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 _LANES = 32
-_BITS = {"b16": np.uint16, "b32": np.uint32, "u32": np.uint32, "s32": np.uint32, "f32": np.uint32, "b64": np.uint64}
 
 
 @cache
@@ -210,7 +209,7 @@ class _Warp:
             "shr": lambda: a >> b,
             "and": lambda: a & b,
             "add": lambda: a + b,
-            "mul": lambda: (wide >> np.uint64(32) if kind[1] == "hi" else wide).astype(np.uint32),
+            "mul": lambda: wide.astype(np.uint32),
         }[kind[0]]()
 
 

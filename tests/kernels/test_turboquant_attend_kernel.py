@@ -148,6 +148,8 @@ FRAGMENTS: list[dict[str, Any]] = [
     {"key_dim": 64, "value_dim": 256, "key_bits": 2, "value_bits": 4, "rotation": "qr"},
     {"key_dim": 256, "value_dim": 64, "key_bits": 4, "value_scale": 1e-5},
     {"queries": 8, "heads_per_group": 1, "lengths": (200,), "value_scale": 3e3},
+    {"has_bias": True, "sinks": 100, "key_dim": 64, "lengths": (300,)},
+    {"has_bias": True, "sinks": 300, "key_dim": 64, "lengths": (600,)},  # too many for the fragments' key terms
 ]
 
 
@@ -165,7 +167,10 @@ def test_fragments_emulated(case: dict[str, Any], rounds: bool, monkeypatch: pyt
     if rounds:
         if not case.get("has_bias"):
             pytest.skip("key terms alone have rounds")
+        # one warp for all spans, several rounds of it
         monkeypatch.setattr(kernel, "_TERMS_FEW", 0)
+        monkeypatch.setattr(kernel, "_TERMS_WARPS", 1)
+        monkeypatch.setattr(kernel, "multiprocessors", lambda device: 1)
     check(Case(**({"groups": 1, "lengths": (400,), "dtype": torch.float32} | case)), "cpu")
 
 
@@ -175,11 +180,16 @@ def test_fragments_emulated(case: dict[str, Any], rounds: bool, monkeypatch: pyt
 def test_fragments_on_a_gpu(case: dict[str, Any], rounds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if rounds:
         monkeypatch.setattr(kernel, "_TERMS_FEW", 0)
+        monkeypatch.setattr(kernel, "_TERMS_WARPS", 1)
+        monkeypatch.setattr(kernel, "multiprocessors", lambda device: 20)
     check(Case(**({"groups": 2, "dtype": torch.float32} | case | {"lengths": (9000, 0, 3001)})), "cuda")
 
 
-def test_a_broken_vector_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("in_fragments", [False, True])
+def test_a_broken_vector_shows(in_fragments: bool, request: pytest.FixtureRequest) -> None:
     """A value with NaN makes its row NaN instead of passing for a zero."""
+    if in_fragments:
+        request.getfixturevalue("emulated_assembly")
     case = Case(groups=1, lengths=(270,), key_dim=64)
     layer = make_layer(case)
     at = layer.blocks[0][0][0] + layer.packed.layout.key.nbytes

@@ -3,6 +3,7 @@
 import importlib.metadata
 import logging
 import os
+import re
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
@@ -14,7 +15,7 @@ logger = logging.getLogger("turboquant")
 LEAST_TRITON = (3, 6)
 
 # The oldest compute capability that has bfloat16 in its tensor cores and asynchronous copies.
-_LEAST_CAPABILITY = 80
+LEAST_CAPABILITY = 80
 
 
 @cache
@@ -55,11 +56,14 @@ LEAST_DIM, MOST_DIM = 16, 256
 
 def triton_serves() -> bool:
     """Whether a Triton that compiles the kernels is installed."""
-    try:
-        found = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return tuple(int(part) for part in found.split(".")[:2]) >= LEAST_TRITON
+    for name in ("triton", "pytorch-triton", "triton-windows"):
+        try:
+            version = re.match(r"(\d+)\.(\d+)", importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if version is not None:
+            return (int(version[1]), int(version[2])) >= LEAST_TRITON
+    return False
 
 
 @cache
@@ -67,7 +71,7 @@ def kernels_serve(device: torch.device, *dims: int) -> bool:
     """Whether the cache is read by kernels there, for heads of these widths; says once if a GPU is left to PyTorch."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
-    if capability(device) < _LEAST_CAPABILITY:
+    if capability(device) < LEAST_CAPABILITY:
         logger.warning("%s: compute capability below 8.0, the cache is read by plain PyTorch", device)
         return False
     if not triton_serves():

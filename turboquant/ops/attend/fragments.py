@@ -11,7 +11,7 @@ what it multiplies:
              and 2 t + 9 an eighth of the bytes, the g-th, and their weights in row g, which are its scores
 
 So nothing goes through shared memory, and no thread waits for another. Each of 4 warps takes 16 tokens of a block
-and keeps a softmax of its own; they meet behind the loop. Triton's interpreter cannot run any of it.
+and keeps a softmax of its own; they meet behind the loop. Triton's interpreter runs it where a test lends it the PTX.
 """
 
 import triton

@@ -7,9 +7,9 @@ window); `merge_rows` joins the shares by log-sum-exp and turns the result back.
 
 Blocks are read in one of two ways. Up to 8 query rows of a KV head over coded tokens, which is decoding:
 `attend_fragments`, in registers alone, behind a launch of `key_terms`, which finds the scores of block means and the
-key bias. All others: `_attend_blocks`, by Triton's own products through shared memory. There a head is multiplied
-quarter by quarter, as a byte of plane 0 holds one coordinate of each quarter: what a thread decodes goes to shared
-memory in short rows, whose stores and loads meet no bank twice.
+key bias. All others (`_fits_fragments` says which): `_attend_blocks`, by Triton's own products through shared memory.
+There a head is multiplied quarter by quarter, as a byte of plane 0 holds one coordinate of each quarter: what a thread
+decodes goes to shared memory in short rows, whose stores and loads meet no bank twice.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from turboquant.layout import BLOCK_TOKENS, BlockLayout, PackedTokens
+from turboquant.layout import BLOCK_TOKENS, PackedTokens
 from turboquant.ops.attend.bias import SPAN_TOKENS, BiasTerms
 from turboquant.ops.attend.fragments import QUARTERS, attend_fragments
 from turboquant.ops.attend.fragments import ROWS as FRAGMENT_ROWS
@@ -54,7 +54,8 @@ class Launch:
     Attributes:
         rows: query rows of a program, at least 16. swap: tokens are the rows of the products that give scores.
         warps, stages: of a program. programs: wanted for each multiprocessor. registers: most of a thread, 0 for what
-            the compiler takes. Few query rows of coded tokens (see `fragments.py`) heed the last two alone.
+            the compiler takes. Few query rows of coded tokens (see `fragments.py`) heed the last two; the others shape
+            their tail alone.
     """
 
     rows: int
@@ -76,6 +77,7 @@ _LAUNCHES: dict[int, list[tuple[int, int, Launch]]] = {
     ],
     0: [
         (8, 128, Launch(rows=16, swap=True, warps=4, stages=2, programs=3, registers=0)),
+        (8, 256, Launch(rows=16, swap=True, warps=4, stages=2, programs=2, registers=0)),
         (1 << 30, 256, Launch(rows=16, swap=True, warps=4, stages=2, programs=2, registers=0)),
     ],
 }
@@ -626,19 +628,22 @@ def _attend_split(
         _store_parts(out_top, out_mass, out_acc, to + r, is_row, found, VALUE_DIM, VALUE_QUARTER)
 
 
-def launch_for(device: torch.device, rows: int, width: int) -> Launch:
+def launch_for(device: torch.device, rows: int, width: int, *, in_fragments: bool) -> Launch:
     """The entry of the table for a number of query rows of one KV head and a head width."""
     entries = _LAUNCHES.get(capability(device), _LAUNCHES[0])
+    if not in_fragments:
+        rows = max(rows, FRAGMENT_ROWS + 1)  # whose entries are for `attend_fragments`
     return next((launch for most, widest, launch in entries if rows <= most and width <= widest), entries[-1][2])
 
 
-def _fits_fragments(layout: BlockLayout, rows: int, pairs: int, *, is_mixed: bool, skips: bool) -> bool:
+def _fits_fragments(packed: PackedTokens, rows: int, pairs: int, *, is_mixed: bool, skips: bool) -> bool:
     """Whether `attend_fragments` serves this call."""
-    sides = (layout.key, layout.value)
+    sides = (packed.layout.key, packed.layout.value)
     return (
         RUNS_ASSEMBLY
         and rows <= FRAGMENT_ROWS
         and pairs in PAIRS
+        and packed.sinks <= 2 * SPAN_TOKENS
         and not is_mixed
         and not skips
         and all(side.num_planes > 0 and side.dim // 4 in QUARTERS and side.dim % 4 == 0 for side in sides)
@@ -672,13 +677,14 @@ def attend_packed(
     heads_per_group = heads // groups
     rows = heads_per_group * tokens
     device = q.device
-    launch = launch or launch_for(device, rows, max(key_dim, value_dim))
     key_quarter = _padded_quarter(key_dim)
     value_quarter = _padded_quarter(value_dim)
     # [rows, width] float32: enough for every launch, smaller than one layer's queries times four
     rotated = torch.empty(batch * groups * rows, 4 * key_quarter, dtype=torch.float32, device=device)
     factor = torch.empty(batch * groups * rows, 4, dtype=torch.float32, device=device)
     pairs_padded = bias.frequencies.shape[0] if bias is not None else 16
+    in_fragments = _fits_fragments(packed, rows, pairs_padded, is_mixed=is_mixed, skips=skip_below > 0)
+    launch = launch or launch_for(device, rows, max(key_dim, value_dim), in_fragments=in_fragments)
     coefficients = (
         torch.empty(batch * groups * rows, 2, pairs_padded, dtype=torch.float32, device=device)
         if bias is not None
@@ -726,7 +732,6 @@ def attend_packed(
     }
     frequencies, spans, steps = (bias.frequencies, bias.spans, bias.steps) if bias else (packed.table, factor, factor)
     bias_scaling = bias.scaling if bias is not None else 1.0
-    in_fragments = _fits_fragments(layout, rows, pairs_padded, is_mixed=is_mixed, skips=skip_below > 0)
     terms = None
     if in_fragments and (bias is not None or layout.key.mean_bytes):
         terms = torch.empty(batch * groups * rows, 64 * (most_blocks + tails), dtype=torch.float32, device=device)

@@ -239,9 +239,9 @@ def key_terms(
 ):
     """out [B * G * rows, out_stride] float32: what is added to a token's score, blocks first, the tail's slots behind.
 
-    The last program of a head takes the sinks. Each of the others takes tokens behind them, which are stored by
-    position while they lie in blocks, then by their slot in the ring of recent ones: two spans, of which each of the 4
-    warps takes a quarter, or where rounds > 0 two spans for each warp, `rounds` times.
+    The last program of a head takes the sinks, at most two spans. Each of the others takes tokens behind them, which
+    are stored by position while they lie in blocks, then by their slot in the ring of recent ones: two spans, of which
+    each of the 4 warps takes a quarter, or where rounds > 0 two spans for each warp, `rounds` times.
     """
     tile = tl.program_id(0)
     bg = tl.program_id(1)
@@ -260,7 +260,7 @@ def key_terms(
     tail = own + (out_stride - (slots + 63) // 64 * 64)
     is_sinks = tile == tl.num_programs(0) - 1
     # tokens counted from the first behind the sinks, or from the first of all
-    ring = tl.where(is_sinks, 64, slots - sinks)
+    ring = tl.where(is_sinks, tl.maximum(sinks, 1), slots - sinks)
     to_ring = tl.where(is_sinks, tail, tail + sinks)
     count = tl.where(is_sinks, tl.minimum(sinks, length), length - sinks)
     in_blocks = tl.where(is_sinks, 0, 64 * blocks)
