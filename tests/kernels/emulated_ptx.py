@@ -14,7 +14,7 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 
-_LANES = 32
+LANES = 32
 
 
 @cache
@@ -69,12 +69,12 @@ def _permuted(a: Array, b: Array, selectors: Array) -> Array:
 def _pairs_of(words: Sequence[Array]) -> Array:
     """Words of two float16 each: [lane, word, 2] float32."""
     joined = np.stack([word.astype(np.uint32) for word in words], axis=1)
-    return joined.view(np.float16).reshape(_LANES, len(words), 2).astype(np.float32)
+    return joined.view(np.float16).reshape(LANES, len(words), 2).astype(np.float32)
 
 
 def _multiplied(a: Sequence[Array], b: Sequence[Array], c: Sequence[Array]) -> list[Array]:
     """mma.m16n8k16 (PTX ISA, "Matrix Fragments for mma.m16n8k16")."""
-    lane = np.arange(_LANES)
+    lane = np.arange(LANES)
     g, t = lane // 4, lane % 4
     first, second = np.zeros((16, 16), np.float32), np.zeros((16, 8), np.float32)
     total = np.zeros((16, 8), np.float32)
@@ -94,18 +94,17 @@ def _multiplied(a: Sequence[Array], b: Sequence[Array], c: Sequence[Array]) -> l
 class _Warp:
     """Registers of 32 threads, by name and scope."""
 
-    def __init__(self, inputs: Sequence[Array], outputs: int):
-        self.frames: list[dict[str, Array]] = [{f"${outputs + i}": value for i, value in enumerate(inputs)}]
-        self.outputs = outputs
+    def __init__(self, operands: dict[str, Array]):
+        self.frames: list[dict[str, Array]] = [dict(operands)]
 
     def read(self, name: str) -> Array:
         for frame in reversed(self.frames):
             if name in frame:
                 return frame[name]
         if name == "%laneid":
-            return np.arange(_LANES, dtype=np.uint32)
+            return np.arange(LANES, dtype=np.uint32)
         bits = int(name[2:], 16) if name.startswith("0f") else int(name, 0)
-        return np.full(_LANES, bits & 0xFFFFFFFFFFFFFFFF, np.uint64)
+        return np.full(LANES, bits & 0xFFFFFFFFFFFFFFFF, np.uint64)
 
     def word(self, name: str) -> Array:
         return self.read(name).astype(np.uint32)
@@ -119,9 +118,9 @@ class _Warp:
         for name in text.split(None, 2)[2].split(","):
             many = re.fullmatch(r"(\w+)<(\d+)>", name.strip())
             names = [f"{many[1]}{i}" for i in range(int(many[2]))] if many else [name.strip()]
-            self.frames[-1].update({name: np.zeros(_LANES, np.uint32) for name in names})
+            self.frames[-1].update({name: np.zeros(LANES, np.uint32) for name in names})
 
-    def run(self, assembly: str) -> list[Array]:
+    def run(self, assembly: str, outputs: int) -> list[Array]:
         lines = statements(assembly)
         at = 0
         while at < len(lines):
@@ -143,7 +142,7 @@ class _Warp:
             elif not line.endswith(":"):
                 name, _, text = line.partition(" ")
                 self.step(name, _operands(text))
-        return [self.read(f"${i}") for i in range(self.outputs)]
+        return [self.read(f"${i}") for i in range(outputs)]
 
     def step(self, name: str, operands: Sequence[str]) -> None:
         """One instruction."""
@@ -179,10 +178,10 @@ class _Warp:
             self.write(to, _bits(self.read(arguments[0]).astype(np.uint16).view(np.float16)))
         elif kind[0] == "shfl":
             value, by = self.word(arguments[0]), self.word(arguments[1])
-            lane = np.arange(_LANES)
+            lane = np.arange(LANES)
             self.write(to, value[lane ^ by if kind[2] == "bfly" else by])
         elif kind[0] == "vote":
-            self.write(to, np.full(_LANES, self.read(arguments[0]).astype(bool).any()))
+            self.write(to, np.full(LANES, self.read(arguments[0]).astype(bool).any()))
         elif kind[0] == "setp":
             self.write(to, self.word(arguments[0]) != self.word(arguments[1]))
         elif kind[-1] == "f32" and kind[0] != "mov":
@@ -213,6 +212,12 @@ class _Warp:
         }[kind[0]]()
 
 
+def executed(assembly: str, operands: dict[str, Array], outputs: int) -> list[Array]:
+    """Its outputs, $0 and on, for one warp; operands: by name, an array over the 32 threads each."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _Warp(operands).run(assembly, outputs)
+
+
 class Results:
     """What stands in for the operation that a compiler would build."""
 
@@ -235,13 +240,12 @@ def create_inline_asm(
     inputs = [np.asarray(value.data) for value in values]
     shape = np.broadcast_shapes(*(one.shape for one in inputs))
     count = int(np.prod(shape))
-    assert count % _LANES == 0 or count == 1
+    assert count % LANES == 0 or count == 1
     flat = [_as_bits(np.broadcast_to(one, shape).reshape(-1)) for one in inputs]
     found: list[list[Array]] = []
-    with np.errstate(over="ignore", invalid="ignore"):
-        for warp in range(max(count // _LANES, 1)):
-            own = [np.resize(one[warp * _LANES : (warp + 1) * _LANES], _LANES) for one in flat]
-            found.append(_Warp(own, outputs).run(assembly))
+    for warp in range(max(count // LANES, 1)):
+        own = [np.resize(one[warp * LANES : (warp + 1) * LANES], LANES) for one in flat]
+        found.append(executed(assembly, {f"${outputs + i}": one for i, one in enumerate(own)}, outputs))
     results = []
     for i, kind in enumerate(types):
         scalar = getattr(kind, "scalar", kind)

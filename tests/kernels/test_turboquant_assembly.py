@@ -1,10 +1,11 @@
 """The byte-permute decoder, which Triton's interpreter never runs, instruction by instruction in Python."""
 
-import re
 import struct
 
+import numpy as np
 import pytest
 import torch
+from emulated_ptx import LANES, executed
 
 from turboquant.codebook import embedded_codebook
 from turboquant.ops.unpack.kernel import _assembly, coordinate, permute_table, tables
@@ -12,51 +13,6 @@ from turboquant.planes import pack
 
 DIM = 64
 QUARTER, EIGHTH = DIM // 4, DIM // 8
-
-
-def prmt(a: int, b: int, selectors: int) -> int:
-    """PTX ISA, prmt.b32: nibble i of the selectors names the byte that goes to byte i, bit 3 replicates its sign."""
-    source = (a | b << 32).to_bytes(8, "little")
-    out = 0
-    for i in range(4):
-        nibble = selectors >> 4 * i & 0xF
-        byte = source[nibble & 7]
-        if nibble & 8:
-            byte = 0xFF if byte & 0x80 else 0
-        out |= byte << 8 * i
-    return out
-
-
-def run(assembly: str, inputs: dict[str, int]) -> dict[str, int]:
-    """Executes the instructions that the decoder uses; every register has 32 bits."""
-    held = dict(inputs)
-
-    def value(text: str) -> int:
-        return held[text] if text in held else int(text, 0)
-
-    for line in assembly.splitlines():
-        if not (match := re.fullmatch(r"(\w+)[.\w]+ (.*);", line)):
-            assert line in "{}" or line.startswith(".reg")
-            continue
-        to, *arguments = match[2].split(", ")
-        a, b, *rest = (value(text) for text in arguments)
-        if match[1] == "shl":
-            out = 0 if b > 31 else a << b
-        elif match[1] == "shr":
-            out = 0 if b > 31 else a >> b
-        elif match[1] == "mul":
-            assert ".lo.u32 " in line
-            out = a * b
-        elif match[1] == "and":
-            out = a & b
-        elif match[1] == "lop3":
-            assert rest[1] == 0xF8  # the truth table of a | (b & c)
-            out = a | (b & rest[0])
-        else:
-            assert match[1] == "prmt"
-            out = prmt(a, b, rest[0])
-        held[to] = out & 0xFFFFFFFF
-    return held
 
 
 def words(values: torch.Tensor) -> int:
@@ -81,9 +37,10 @@ def test_every_code_decodes_to_its_centroid(held: int, read: int) -> None:
             inputs["$9"] = words(planes[1][j % EIGHTH : j % EIGHTH + 4])
             inputs["$10"] = words(planes[2][j % EIGHTH : j % EIGHTH + 4])
             inputs["$11"] = 4 if j >= EIGHTH else 1
-            out = run(_assembly(read), inputs)
+            operands = {name: np.full(LANES, value, np.uint32) for name, value in inputs.items()}
+            out = [int(register[0]) for register in executed(_assembly(read), operands, 8)]
             for field in range(4):
-                decoded = struct.unpack("<4e", struct.pack("<2I", out[f"${2 * field}"], out[f"${2 * field + 1}"]))
+                decoded = struct.unpack("<4e", struct.pack("<2I", out[2 * field], out[2 * field + 1]))
                 own = slice(field * QUARTER + j, field * QUARTER + j + 4)
                 assert list(decoded) == centroids[own].tolist()
                 seen.update(codes[own].tolist())

@@ -17,7 +17,17 @@ and keeps a softmax of its own; they meet behind the loop. Triton's interpreter 
 import triton
 import triton.language as tl
 
-from turboquant.ops.attend.lanes import most_of_row, multiply, names, of_rows, packed, rounded, two_halves, words_at
+from turboquant.ops.attend.lanes import (
+    most_of_row,
+    multiply,
+    names,
+    of_rows,
+    packed,
+    piece,
+    two_floats,
+    two_halves,
+    words_at,
+)
 from turboquant.ops.attend.parts import capped
 from turboquant.ops.unpack.kernel import DecoderRegisters, decoder, in_vector_register
 
@@ -114,24 +124,9 @@ def _values(planes: int, quarter: int) -> tuple[str, str]:
     return "{\n" + "\n".join(lines) + "\n}", ",".join(["=f"] * sums + inputs)
 
 
-# By side (0 keys, 1 values), planes and bytes of plane 0; a constant, of which Triton's cache of compiled kernels knows
-# when it changes.
-_ASSEMBLY = tl.constexpr({
-    (side, planes, quarter): build(planes, quarter)
-    for side, build in enumerate((_scores, _values))
-    for planes in (1, 2, 3)
-    for quarter in QUARTERS
-})
-
-
-@triton.constexpr_function
-def _assembly(side, planes, quarter):
-    return _ASSEMBLY.value[side, planes, quarter][0]
-
-
-@triton.constexpr_function
-def _constraints(side, planes, quarter):
-    return _ASSEMBLY.value[side, planes, quarter][1]
+# By planes and bytes of plane 0.
+_SCORES = tl.constexpr({(p, quarter): _scores(p, quarter) for p in (1, 2, 3) for quarter in QUARTERS})
+_VALUES = tl.constexpr({(p, quarter): _values(p, quarter) for p in (1, 2, 3) for quarter in QUARTERS})
 
 
 @triton.jit
@@ -285,8 +280,9 @@ def attend_fragments(
     for w in tl.static_range(0, KEY_WORDS):
         for f in tl.static_range(0, 4):
             both = own_q + (f * KEY_QUARTER + 4 * w) // 2
-            queries = queries + (rounded(tl.load(both, mask=is_row, other=0)),)
-            queries = queries + (rounded(tl.load(both + 1, mask=is_row, other=0)),)
+            x = two_floats(tl.load(both, mask=is_row, other=0))
+            y = two_floats(tl.load(both + 1, mask=is_row, other=0))
+            queries = queries + (packed(x[0], x[1]), packed(y[0], y[1]))
     key_table = _table(registers, KEY_PLANES) + (t // 2 * 3 + 1,)
     value_table = _table(registers, VALUE_PLANES) + (g // 4 * 3 + 1,)
     top = tl.full((32 * 4,), -1e30, tl.float32)
@@ -304,8 +300,8 @@ def attend_fragments(
     values = _load_values(record, thread, is_left, VALUES_AT, VALUE_QUARTER, VALUE_PLANES)
     entry = tl.load(entries + first + 1, mask=first + 1 < last, other=0)
     for block in tl.range(first, last, num_stages=1):
-        KEY_ASSEMBLY: tl.constexpr = _assembly(0, KEY_PLANES, KEY_QUARTER)
-        KEY_CONSTRAINTS: tl.constexpr = _constraints(0, KEY_PLANES, KEY_QUARTER)
+        KEY_ASSEMBLY: tl.constexpr = piece(_SCORES, 0, KEY_PLANES, KEY_QUARTER)
+        KEY_CONSTRAINTS: tl.constexpr = piece(_SCORES, 1, KEY_PLANES, KEY_QUARTER)
         s0, s1 = tl.inline_asm_elementwise(
             KEY_ASSEMBLY,
             KEY_CONSTRAINTS,
@@ -368,10 +364,10 @@ def attend_fragments(
         w2 = tl.exp2(s2 - new_top)
         w3 = tl.exp2(s3 - new_top)
         mass = mass * shrink + (w0 * i0 + w1 * i1) + (w2 * i2 + w3 * i3)
-        even, odd = of_rows(shrink)
+        even, odd = of_rows(shrink, t)
         weights = (packed(w0 * (v0 * i0), w1 * (v1 * i1)), packed(w2 * (v2 * i2), w3 * (v3 * i3)))
-        VALUE_ASSEMBLY: tl.constexpr = _assembly(1, VALUE_PLANES, VALUE_QUARTER)
-        VALUE_CONSTRAINTS: tl.constexpr = _constraints(1, VALUE_PLANES, VALUE_QUARTER)
+        VALUE_ASSEMBLY: tl.constexpr = piece(_VALUES, 0, VALUE_PLANES, VALUE_QUARTER)
+        VALUE_CONSTRAINTS: tl.constexpr = piece(_VALUES, 1, VALUE_PLANES, VALUE_QUARTER)
         sums = tl.inline_asm_elementwise(
             VALUE_ASSEMBLY,
             VALUE_CONSTRAINTS,
@@ -391,7 +387,7 @@ def attend_fragments(
     r = tl.arange(0, ROWS_HELD)
     tl.store(out_top + r, tl.max(best, 1), mask=r < rows)
     tl.store(out_mass + r, total, mask=r < rows)
-    even, odd = of_rows(shrink)
+    even, odd = of_rows(shrink, t)
     lane = tl.arange(0, 32)
     for start in tl.static_range(0, SUMS, 8):
         found = _over_warps(sums, (even, odd), start)

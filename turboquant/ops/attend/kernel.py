@@ -40,6 +40,7 @@ from turboquant.ops.attend.parts import (
     table_of_block,
     token_of,
     turned,
+    turned_back,
 )
 from turboquant.ops.attend.rows import merge_rows, prepare_rows
 from turboquant.ops.attend.terms import PAIRS, key_terms
@@ -214,10 +215,7 @@ def _attend_blocks(
         along_sin = tl.load(coefficients[:, None] + PAIRS_PADDED + i[None, :], mask=is_row[:, None], other=0)
         cos, sin = turned((sinks + 64 * first).to(tl.int64), frequency)
         cos_step, sin_step = turned(tl.full((1,), 64, tl.int64), frequency)
-        along_cos, along_sin = (
-            along_cos * cos[None, :] + along_sin * sin[None, :],
-            along_sin * cos[None, :] - along_cos * sin[None, :],
-        )
+        along_cos, along_sin = turned_back(along_cos, along_sin, cos[None, :], sin[None, :])
         turns = table_of_block(bias_table, PAIRS_PADDED)
     for block in tl.range(first, last, num_stages=STAGES):
         entry = tl.load(entries + block)
@@ -266,10 +264,7 @@ def _attend_blocks(
             bias = add_scores_dense(no_scores(ROWS, SWAP), both, turns, SWAP, ON_GPU)
             bias = by_row(bias, SWAP) + tl.sum(along_cos, 1)[:, None]
             s += bias * bias_scale[:, None] + constant[:, None]
-            along_cos, along_sin = (
-                along_cos * cos_step[None, :] + along_sin * sin_step[None, :],
-                along_sin * cos_step[None, :] - along_cos * sin_step[None, :],
-            )
+            along_cos, along_sin = turned_back(along_cos, along_sin, cos_step[None, :], sin_step[None, :])
         s = capped(s, softcap, HAS_SOFTCAP)
         if IS_CAUSAL:
             s = tl.where((sinks + 64 * block + n)[None, :] <= position[:, None], s, float("-inf"))

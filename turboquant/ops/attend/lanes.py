@@ -20,6 +20,15 @@ def multiply(to: Sequence[str], a: Sequence[str], b: Sequence[str]) -> str:
     return f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {c}, {{{', '.join(a)}}}, {{{', '.join(b)}}}, {c};"
 
 
+@triton.constexpr_function
+def piece(table, part, *key):
+    """The assembly (part 0) or its constraints (part 1) for a key of a table of both.
+
+    A table is a constant of its module, so that Triton's cache of compiled kernels knows when it changes.
+    """
+    return table[key][part]
+
+
 @triton.jit
 def words_at(pointer, mask, BYTES: tl.constexpr):
     """2, 4, 8 or 16 bytes as a tuple of int32."""
@@ -49,19 +58,6 @@ def two_halves(word):
 
 
 @triton.jit
-def rounded(both):
-    """Two float32 in 8 bytes as two float16 in one word."""
-    return tl.inline_asm_elementwise(
-        "{.reg .f32 l, h; mov.b64 {l, h}, $1; cvt.rn.f16x2.f32 $0, h, l;}",
-        "=r,l",
-        [both],
-        dtype=tl.int32,
-        is_pure=True,
-        pack=1,
-    )
-
-
-@triton.jit
 def packed(low, high):
     """Two float32 as float16 in one word."""
     return tl.inline_asm_elementwise(
@@ -70,33 +66,45 @@ def packed(low, high):
 
 
 @triton.jit
-def most_of_row(x):
-    """The largest of the four threads of a row."""
+def _from_lane(x, lane):
+    """What thread `lane` of the warp has, float32."""
     return tl.inline_asm_elementwise(
-        """{.reg .f32 y, z;
-        shfl.sync.bfly.b32 y, $1, 1, 0x1f, 0xffffffff; max.f32 z, $1, y;
-        shfl.sync.bfly.b32 y, z, 2, 0x1f, 0xffffffff; max.f32 $0, z, y;}""",
-        "=f,f",
-        [x],
-        dtype=tl.float32,
-        is_pure=True,
-        pack=1,
+        "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;", "=f,f,r", [x, lane], dtype=tl.float32, is_pure=True, pack=1
     )
 
 
 @triton.jit
-def of_rows(x):
-    """What rows 2 t and 2 t + 1 have, where thread (g, t) has row g."""
+def _from_neighbour(x, by):
+    """What the thread has whose number in the warp differs in the bits `by`, float32."""
     return tl.inline_asm_elementwise(
-        """{.reg .b32 l; mov.u32 l, %laneid; and.b32 l, l, 3; shl.b32 l, l, 3;
-        shfl.sync.idx.b32 $0, $2, l, 0x1f, 0xffffffff; add.u32 l, l, 4;
-        shfl.sync.idx.b32 $1, $2, l, 0x1f, 0xffffffff;}""",
-        "=f,=f,f",
-        [x],
-        dtype=(tl.float32, tl.float32),
-        is_pure=True,
-        pack=1,
+        "shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;", "=f,f,r", [x, by], dtype=tl.float32, is_pure=True, pack=1
     )
+
+
+@triton.jit
+def most_of_row(x):
+    """The largest of the four threads of a row."""
+    x = tl.maximum(x, _from_neighbour(x, 1))
+    return tl.maximum(x, _from_neighbour(x, 2))
+
+
+@triton.jit
+def sum_of_row(x):
+    """The sum of the four threads of a row."""
+    x += _from_neighbour(x, 1)
+    return x + _from_neighbour(x, 2)
+
+
+@triton.jit
+def of_rows(x, t):
+    """What rows 2 t and 2 t + 1 have, where thread (g, t) has row g."""
+    return _from_lane(x, 8 * t), _from_lane(x, 8 * t + 4)
+
+
+@triton.jit
+def of_first_two(x, g):
+    """What threads (g, 0) and (g, 1) have."""
+    return _from_lane(x, 4 * g), _from_lane(x, 4 * g + 1)
 
 
 @triton.jit
@@ -120,36 +128,6 @@ def two_floats(words):
     """Two float32 of 8 bytes."""
     return tl.inline_asm_elementwise(
         "mov.b64 {$0, $1}, $2;", "=f,=f,l", [words], dtype=(tl.float32, tl.float32), is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def sum_of_row(x):
-    """The sum of the four threads of a row."""
-    return tl.inline_asm_elementwise(
-        """{.reg .f32 y, z;
-        shfl.sync.bfly.b32 y, $1, 1, 0x1f, 0xffffffff; add.f32 z, $1, y;
-        shfl.sync.bfly.b32 y, z, 2, 0x1f, 0xffffffff; add.f32 $0, z, y;}""",
-        "=f,f",
-        [x],
-        dtype=tl.float32,
-        is_pure=True,
-        pack=1,
-    )
-
-
-@triton.jit
-def of_first_two(x):
-    """What the row's threads 0 and 1 have."""
-    return tl.inline_asm_elementwise(
-        """{.reg .b32 l; mov.u32 l, %laneid; and.b32 l, l, 28;
-        shfl.sync.idx.b32 $0, $2, l, 0x1f, 0xffffffff; add.u32 l, l, 1;
-        shfl.sync.idx.b32 $1, $2, l, 0x1f, 0xffffffff;}""",
-        "=f,=f,f",
-        [x],
-        dtype=(tl.float32, tl.float32),
-        is_pure=True,
-        pack=1,
     )
 
 

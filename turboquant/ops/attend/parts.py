@@ -25,6 +25,12 @@ def turned(position, frequency):
 
 
 @triton.jit
+def turned_back(along_cos, along_sin, cos, sin):
+    """Coefficients of cos and sin of angles that begin later, by an angle with that cos and sin."""
+    return along_cos * cos + along_sin * sin, along_sin * cos - along_cos * sin
+
+
+@triton.jit
 def high_and_low(x, dtype: tl.constexpr):
     """x as a sum of two numbers of a shorter dtype: twice its digits."""
     high = x.to(dtype)

@@ -14,10 +14,11 @@ from turboquant.ops.attend.lanes import (
     multiply,
     names,
     of_first_two,
+    piece,
     sum_of_row,
     two_floats,
 )
-from turboquant.ops.attend.parts import row_factors, turned
+from turboquant.ops.attend.parts import row_factors, turned, turned_back
 
 SPAN = tl.constexpr(SPAN_TOKENS)
 PAIRS = (16, 32, 64)  # padded, that are served: operands of more would not fit the registers
@@ -66,29 +67,8 @@ def _mean_scores(dim: int) -> tuple[str, str]:
     return "{\n" + "\n".join(lines) + "\n}", ",".join(["=f"] * 2 + ["r"] * (6 * products))
 
 
-# As constants, of which Triton's cache of compiled kernels knows when they change.
-_BIAS = tl.constexpr({pairs: _bias_scores(pairs) for pairs in PAIRS})
-_MEANS = tl.constexpr({dim: _mean_scores(dim) for dim in (64, 128, 256)})
-
-
-@triton.constexpr_function
-def _bias_assembly(pairs):
-    return _BIAS.value[pairs][0]
-
-
-@triton.constexpr_function
-def _bias_constraints(pairs):
-    return _BIAS.value[pairs][1]
-
-
-@triton.constexpr_function
-def _mean_assembly(dim):
-    return _MEANS.value[dim][0]
-
-
-@triton.constexpr_function
-def _mean_constraints(dim):
-    return _MEANS.value[dim][1]
+_BIAS = tl.constexpr({(pairs,): _bias_scores(pairs) for pairs in PAIRS})
+_MEANS = tl.constexpr({(dim,): _mean_scores(dim) for dim in (64, 128, 256)})
 
 
 @triton.jit
@@ -134,8 +114,9 @@ def _turn(cos, sin, by_cos, by_sin, COUNT: tl.constexpr):
     turned_cos = ()
     turned_sin = ()
     for i in tl.static_range(0, COUNT):
-        turned_cos = turned_cos + (cos[i] * by_cos[i] + sin[i] * by_sin[i],)
-        turned_sin = turned_sin + (sin[i] * by_cos[i] - cos[i] * by_sin[i],)
+        one_cos, one_sin = turned_back(cos[i], sin[i], by_cos[i], by_sin[i])
+        turned_cos = turned_cos + (one_cos,)
+        turned_sin = turned_sin + (one_sin,)
     return turned_cos, turned_sin
 
 
@@ -170,13 +151,13 @@ def _means(anchor, entries, first, blocks, head, queries, thread, DIM: tl.conste
     for k in tl.static_range(0, DIM // 16):
         both = tl.load((mean + 8 * k).to(tl.pointer_type(tl.int64)), mask=is_block, other=0)
         words = words + queries[4 * k : 4 * k + 4] + (both.to(tl.int32), (both >> 32).to(tl.int32))
-    ASSEMBLY: tl.constexpr = _mean_assembly(DIM)
-    CONSTRAINTS: tl.constexpr = _mean_constraints(DIM)
+    ASSEMBLY: tl.constexpr = piece(_MEANS, 0, DIM)
+    CONSTRAINTS: tl.constexpr = piece(_MEANS, 1, DIM)
     even, odd = tl.inline_asm_elementwise(
         ASSEMBLY, CONSTRAINTS, words, dtype=(tl.float32, tl.float32), is_pure=True, pack=1
     )
-    m0, m2 = of_first_two(even)
-    m1, m3 = of_first_two(odd)
+    m0, m2 = of_first_two(even, g)
+    m1, m3 = of_first_two(odd, g)
     return m0, m1, m2, m3
 
 
@@ -327,8 +308,8 @@ def key_terms(
                 s1 = s0
                 s3 = s2
                 if HAS_BIAS:
-                    ASSEMBLY: tl.constexpr = _bias_assembly(PAIRS_PADDED)
-                    CONSTRAINTS: tl.constexpr = _bias_constraints(PAIRS_PADDED)
+                    ASSEMBLY: tl.constexpr = piece(_BIAS, 0, PAIRS_PADDED)
+                    CONSTRAINTS: tl.constexpr = piece(_BIAS, 1, PAIRS_PADDED)
                     b0, b1, b2, b3 = tl.inline_asm_elementwise(
                         ASSEMBLY,
                         CONSTRAINTS,
