@@ -173,7 +173,7 @@ def append_calls(bits: int, dim: int, dtype: torch.dtype) -> None:
 
 
 def _bias(heads: int, dim: int) -> BiasTerms:
-    return bias_terms(torch.zeros(heads, dim), torch.ones(dim // 2), 1.0, False)
+    return bias_terms(torch.zeros(heads, dim), 1e6 ** -torch.linspace(0, 1, dim // 2), 1.0, False)
 
 
 def main() -> None:

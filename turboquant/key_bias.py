@@ -50,7 +50,7 @@ class KeyBias:
     def table_nbytes(self) -> int:
         """Bytes of what the kernels read besides the bias (ops/attend/bias.py)."""
         padded = padded_pairs(self.inverse_frequencies.numel())
-        return padded * 8 + 2 * SPAN_TOKENS * 2 * padded * 2 + 2 * padded * 4
+        return padded * 8 + 2 * SPAN_TOKENS * 2 * padded * 2 + 3 * padded * 4
 
     def to(self, device: torch.device) -> "KeyBias":
         """The same bias on `device`."""

@@ -7,6 +7,12 @@ import torch
 # Tokens for which a query's turned coefficients serve: angles within them come from one table.
 SPAN_TOKENS = 128
 
+# Pairs of one line of a thread's operands.
+PAIRS_TOGETHER = 16
+
+# Radians over a span: up to them a series of degree 6 gives cos and sin to 1.6e-6 (0.5^7 / 7!).
+_SLOW = 0.5
+
 
 @dataclass(frozen=True, eq=False)
 class BiasTerms:
@@ -19,7 +25,8 @@ class BiasTerms:
         spans: [2, 16, P / 16, 32, 8] float16: cos - 1 and sin, side by side, of positions 0 to 127 times the frequency
             of each pair, as a warp reads them: position 8 i + g, pair 16 j + 4 t + k is [:, i, j, 4 g + t, 2 k]; first
             rounded, then what that leaves out.
-        steps: [2, P] float32: cos and sin of 128 times each frequency.
+        steps: [3, P] float32: cos and sin of 128 times each frequency, and that angle itself, in radians.
+        fast: a multiple of 16, at least 16: no pair behind these turns by more than half a radian in 128 positions.
         pairs: rotated pairs. interleaved, scaling: see KeyBias.
     """
 
@@ -27,6 +34,7 @@ class BiasTerms:
     frequencies: torch.Tensor
     spans: torch.Tensor
     steps: torch.Tensor
+    fast: int
     pairs: int
     interleaved: bool
     scaling: float
@@ -46,7 +54,9 @@ def bias_terms(bias: torch.Tensor, inverse_frequencies: torch.Tensor, scaling: f
     ordered = table.view(-1, 8, padded // 16, 4, 8).transpose(1, 2).flatten(2, 3)
     spans = torch.stack((ordered.half(), (ordered - ordered.half()).half()))
     step = SPAN_TOKENS * radians
-    steps = torch.stack((step.cos(), step.sin())).float()
+    steps = torch.stack((step.cos(), step.sin(), step)).float()
+    quick = torch.nonzero(step.abs() > _SLOW)
+    fast = int(quick.max()) + 1 if len(quick) else 1
     frequencies = torch.tensor(signed, dtype=torch.int64)
     device = bias.device
     return BiasTerms(
@@ -54,6 +64,7 @@ def bias_terms(bias: torch.Tensor, inverse_frequencies: torch.Tensor, scaling: f
         frequencies.to(device),
         spans.to(device),
         steps.to(device),
+        -(-fast // PAIRS_TOGETHER) * PAIRS_TOGETHER,
         pairs,
         interleaved,
         scaling,

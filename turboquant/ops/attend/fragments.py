@@ -186,6 +186,12 @@ def _load_values(record, thread, mask, AT: tl.constexpr, QUARTER: tl.constexpr, 
 
 
 @triton.jit
+def _load_terms(own, block, mask):
+    """What is added to a thread's four scores of a block, two float32 in each of two words."""
+    return tl.load(own + 32 * block, mask=mask, other=0), tl.load(own + (32 * block + 4), mask=mask, other=0)
+
+
+@triton.jit
 def _table(registers, PLANES: tl.constexpr):
     """The permute table of codes of PLANES planes, and the signs, as the assembly takes them."""
     own = registers + (12 * (PLANES - 1) + 4 * (PLANES - 1))
@@ -299,6 +305,9 @@ def attend_fragments(
     keys = _load_keys(record, thread, is_left, KEYS_AT, KEY_QUARTER, KEY_PLANES)
     values = _load_values(record, thread, is_left, VALUES_AT, VALUE_QUARTER, VALUE_PLANES)
     entry = tl.load(entries + first + 1, mask=first + 1 < last, other=0)
+    if READS_TERMS:
+        own_terms = (terms + g * terms_stride + own).to(tl.pointer_type(tl.int64))
+        both_terms = _load_terms(own_terms, first, is_row & is_left)
     for block in tl.range(first, last, num_stages=1):
         KEY_ASSEMBLY: tl.constexpr = piece(_SCORES, 0, KEY_PLANES, KEY_QUARTER)
         KEY_CONSTRAINTS: tl.constexpr = piece(_SCORES, 1, KEY_PLANES, KEY_QUARTER)
@@ -332,11 +341,13 @@ def attend_fragments(
         s2 *= k2 * row_scale
         s3 *= k3 * row_scale
         if READS_TERMS:
-            term = terms + g * terms_stride + 64 * block + own
-            s0 += tl.load(term, mask=is_row, other=0)
-            s1 += tl.load(term + 1, mask=is_row, other=0)
-            s2 += tl.load(term + 8, mask=is_row, other=0)
-            s3 += tl.load(term + 9, mask=is_row, other=0)
+            term0, term1 = two_floats(both_terms[0])
+            term2, term3 = two_floats(both_terms[1])
+            s0 += term0
+            s1 += term1
+            s2 += term2
+            s3 += term3
+            both_terms = _load_terms(own_terms, block + 1, is_row & is_left)
         s0 = capped(s0, softcap, HAS_SOFTCAP)
         s1 = capped(s1, softcap, HAS_SOFTCAP)
         s2 = capped(s2, softcap, HAS_SOFTCAP)

@@ -87,7 +87,7 @@ _LAUNCHES: dict[int, list[tuple[int, int, Launch]]] = {
 RUNS_ASSEMBLY = not is_interpreted()
 
 # Warps of `key_terms` wanted for each multiprocessor, and how few pairs of spans for each are shared by warps.
-_TERMS_WARPS, _TERMS_FEW = 8, 2
+_TERMS_WARPS, _TERMS_FEW = 16, 2
 
 # Coordinates of a row that one program rotates, or turns back.
 _CHUNK = 32
@@ -731,7 +731,7 @@ def attend_packed(
     if in_fragments and (bias is not None or layout.key.mean_bytes):
         terms = torch.empty(batch * groups * rows, 64 * (most_blocks + tails), dtype=torch.float32, device=device)
         behind_sinks = 64 * most_blocks + slots - packed.sinks
-        # few tokens: four warps share two spans; many: as many warps as run at once, each its own
+        # few tokens: four warps share two spans; many: each has its own
         pairs_of_spans = -(-behind_sinks // (2 * SPAN_TOKENS)) * batch * groups
         rounds = -(-pairs_of_spans // (_TERMS_WARPS * multiprocessors(device)))
         if pairs_of_spans < _TERMS_FEW * multiprocessors(device):
@@ -765,6 +765,7 @@ def attend_packed(
             HAS_MEANS=layout.key.mean_bytes > 0,
             HAS_BIAS=bias is not None,
             PAIRS_PADDED=pairs_padded,
+            FAST=bias.fast if bias is not None else pairs_padded,
             HAS_SOFTCAP=softcap is not None,
             num_warps=FRAGMENT_WARPS,
         )

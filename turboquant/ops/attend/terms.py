@@ -1,5 +1,8 @@
 """Key terms of up to 8 query rows, found before the planes are read: block means and the key bias.
 
+Within a span, quickly turning pairs of the bias meet a table of their angles, in a product of matrices; what the slow
+ones add is a polynomial of the position, of degree 6 (BiasTerms.fast says where they begin).
+
 Every tensor has one element for each thread (see lanes.py). A warp takes two spans of 128 tokens at a time: rows g of a
 product are the query rows turned back to the first token of one span, rows g + 8 those of the next.
 """
@@ -7,7 +10,7 @@ product are the query rows turned back to the first token of one span, rows g + 
 import triton
 import triton.language as tl
 
-from turboquant.ops.attend.bias import SPAN_TOKENS
+from turboquant.ops.attend.bias import PAIRS_TOGETHER, SPAN_TOKENS
 from turboquant.ops.attend.lanes import (
     eight_bytes,
     high_and_low,
@@ -24,18 +27,19 @@ SPAN = tl.constexpr(SPAN_TOKENS)
 PAIRS = (16, 32, 64)  # padded, that are served: operands of more would not fit the registers
 
 
-def _bias_scores(pairs: int) -> tuple[str, str]:
-    """Key bias of 8 tokens each of two spans: assembly and its constraints.
+def _bias_scores(fast: int, pairs: int) -> tuple[str, str]:
+    """Key bias, of the first `fast` of a table's pairs, of 8 tokens each of two spans: assembly and its constraints.
 
     Outputs: of tokens 2 t and 2 t + 1 in row g, of the first span, then of the second. Inputs: address of what this
     thread reads of the table for these tokens; for each product the four words of its first operand, high parts, then
     low parts. Products of low parts alone are left out: they are below float32's digits of the others.
     """
-    products = pairs // 8
+    products = fast // 8
     a = names(5, 8 * products)
     low_at = SPAN_TOKENS * 2 * pairs * 2  # bytes behind the high parts
-    sums = [f"c{i}" for i in range(4)]
-    lines = [".reg .b32 b<8>;", ".reg .f32 c<4>;", *(f"mov.f32 {name}, 0f00000000;" for name in sums)]
+    # three sums, for a product waits for the one before
+    sums = [[f"c{4 * j + i}" for i in range(4)] for j in range(3)]
+    lines = [".reg .b32 b<8>;", ".reg .f32 c<12>;", *(f"mov.f32 c{i}, 0f00000000;" for i in range(12))]
     for j in range(products // 2):
         for part in range(2):
             to = ", ".join(f"b{4 * part + i}" for i in range(4))
@@ -43,8 +47,9 @@ def _bias_scores(pairs: int) -> tuple[str, str]:
         for k in (2 * j, 2 * j + 1):
             high, low = a[8 * k : 8 * k + 4], a[8 * k + 4 : 8 * k + 8]
             own, own_low = (tuple(f"b{4 * part + 2 * (k % 2) + i}" for i in range(2)) for part in range(2))
-            lines += [multiply(sums, high, own), multiply(sums, low, own), multiply(sums, high, own_low)]
-    lines += [f"mov.f32 ${i}, {name};" for i, name in enumerate(sums)]
+            lines += [multiply(sums[0], high, own), multiply(sums[1], low, own), multiply(sums[2], high, own_low)]
+    for i in range(4):
+        lines += [f"add.f32 c{i + 4}, c{i + 4}, c{i + 8};", f"add.f32 ${i}, c{i}, c{i + 4};"]
     return "{\n" + "\n".join(lines) + "\n}", ",".join(["=f"] * 4 + ["l"] + ["r"] * (8 * products))
 
 
@@ -67,7 +72,11 @@ def _mean_scores(dim: int) -> tuple[str, str]:
     return "{\n" + "\n".join(lines) + "\n}", ",".join(["=f"] * 2 + ["r"] * (6 * products))
 
 
-_BIAS = tl.constexpr({(pairs,): _bias_scores(pairs) for pairs in PAIRS})
+_BIAS = tl.constexpr({
+    (fast, pairs): _bias_scores(fast, pairs)
+    for pairs in PAIRS
+    for fast in range(PAIRS_TOGETHER, pairs + 1, PAIRS_TOGETHER)
+})
 _MEANS = tl.constexpr({(dim,): _mean_scores(dim) for dim in (64, 128, 256)})
 
 
@@ -121,6 +130,48 @@ def _turn(cos, sin, by_cos, by_sin, COUNT: tl.constexpr):
 
 
 @triton.jit
+def _slow_scores(cos, sin, turn, START: tl.constexpr, COUNT: tl.constexpr):
+    """Factors of x to x^6, x the part of a span behind a token, in what a thread's pairs from START add to its score.
+
+    turn: their angle over a span; cos * (cos(turn x) - 1) + sin * sin(turn x), both by their series.
+    """
+    x1 = 0.0 * cos[START]
+    x2 = x1
+    x3 = x1
+    x4 = x1
+    x5 = x1
+    x6 = x1
+    for k in tl.static_range(START, COUNT):
+        square = turn[k - START] * turn[k - START]
+        odd = sin[k] * turn[k - START]
+        even = cos[k] * square
+        x1 += odd
+        x2 += even
+        odd *= square
+        even *= square
+        x3 += odd
+        x4 += even
+        x5 += odd * square
+        x6 += even * square
+    return (
+        sum_of_row(x1),
+        sum_of_row(x2) * (-1 / 2),
+        sum_of_row(x3) * (-1 / 6),
+        sum_of_row(x4) * (1 / 24),
+        sum_of_row(x5) * (1 / 120),
+        sum_of_row(x6) * (-1 / 720),
+    )
+
+
+@triton.jit
+def _polynomial(factors, x):
+    value = factors[5] * x
+    for k in tl.static_range(0, 5):
+        value = (value + factors[4 - k]) * x
+    return value
+
+
+@triton.jit
 def _sum_of(parts, COUNT: tl.constexpr):
     total = parts[0]
     for i in tl.static_range(1, COUNT):
@@ -130,27 +181,38 @@ def _sum_of(parts, COUNT: tl.constexpr):
 
 @triton.jit
 def _queries(q, is_row, t, DIM: tl.constexpr):
-    """A thread's quarter of a rotated query row, float32: for each product of `_mean_scores` its first four words."""
-    own = (q + t * (DIM // 4)).to(tl.pointer_type(tl.int64))
+    """A rotated query row, 4 of every 16 numbers a thread: for each product of `_mean_scores` its first four words."""
+    own = (q + 4 * t).to(tl.pointer_type(tl.int64))
     words = ()
     for k in tl.static_range(0, DIM // 8):
-        x = two_floats(tl.load(own + k, mask=is_row, other=0))
+        x = two_floats(tl.load(own + (k // 2 * 8 + k % 2), mask=is_row, other=0))
         words = words + high_and_low(x[0], x[1])
     return words
 
 
 @triton.jit
-def _means(anchor, entries, first, blocks, head, queries, thread, DIM: tl.constexpr, HEAD_BYTES: tl.constexpr):
-    """Scores of the means of blocks first to first + 3 in row g; queries: what `_queries` gives."""
-    g = thread % 32 // 4
-    t = thread % 4
-    is_block = (g < 4) & (first + g < blocks)
-    entry = tl.load(entries + first + g, mask=is_block, other=0)
-    mean = anchor + (entry & -16) + head * HEAD_BYTES + 128 + t * (DIM // 2)
+def _entries_of(entries, first, blocks, g):
+    """Entries of blocks first to first + 3, for threads (g, t) with g below 4; of blocks that are not there 0."""
+    return tl.load(entries + first + g, mask=(g < 4) & (first + g < blocks), other=0)
+
+
+@triton.jit
+def _load_means(anchor, entry, t, DIM: tl.constexpr):
+    """A block's mean, 4 of every 16 float16 a thread. anchor: of the head; entry: 0 gives zeros."""
+    mean = anchor + (entry & -16) + 128 + 8 * t
     words = ()
     for k in tl.static_range(0, DIM // 16):
-        both = tl.load((mean + 8 * k).to(tl.pointer_type(tl.int64)), mask=is_block, other=0)
-        words = words + queries[4 * k : 4 * k + 4] + (both.to(tl.int32), (both >> 32).to(tl.int32))
+        both = tl.load((mean + 32 * k).to(tl.pointer_type(tl.int64)), mask=entry != 0, other=0)
+        words = words + (both.to(tl.int32), (both >> 32).to(tl.int32))
+    return words
+
+
+@triton.jit
+def _mean_products(queries, means, g, DIM: tl.constexpr):
+    """Scores of the means of four blocks in row g; queries, means: what `_queries` and `_load_means` give."""
+    words = ()
+    for k in tl.static_range(0, DIM // 16):
+        words = words + queries[4 * k : 4 * k + 4] + means[2 * k : 2 * k + 2]
     ASSEMBLY: tl.constexpr = piece(_MEANS, 0, DIM)
     CONSTRAINTS: tl.constexpr = piece(_MEANS, 1, DIM)
     even, odd = tl.inline_asm_elementwise(
@@ -216,6 +278,7 @@ def key_terms(
     HAS_MEANS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PAIRS_PADDED: tl.constexpr,
+    FAST: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
     """out [B * G * rows, out_stride] float32: what is added to a token's score, blocks first, the tail's slots behind.
@@ -258,9 +321,10 @@ def key_terms(
     if start < count:
         cos = ()
         sin = ()
-        queries = ()
         if HAS_MEANS:
-            queries = _queries(q + at * KEY_DIM, is_row, t, KEY_DIM)
+            entries = table + b.to(tl.int64) * table_stride
+            held = tl.where(is_sinks, 0, blocks)
+            entry = _entries_of(entries, now // 64, held, g)
         if HAS_BIAS:
             row = coefficients + tl.where(is_row, at, bg.to(tl.int64) * rows) * (2 * PAIRS_PADDED)
             cos = _pairs_at(row, t, PAIRS_PADDED)
@@ -273,6 +337,10 @@ def key_terms(
             m2 = m0
             m3 = m0
             operands = ()
+            if HAS_MEANS:
+                # on their way while the coefficients are turned, as the next entries are while all else is done
+                means = _load_means(anchor + bg % groups * HEAD_BYTES, entry, t, KEY_DIM)
+                entry = _entries_of(entries, now // 64 + 4, held, g)
             if HAS_BIAS:
                 step_cos = _pairs_at(steps, t, PAIRS_PADDED)
                 step_sin = _pairs_at(steps + PAIRS_PADDED, t, PAIRS_PADDED)
@@ -282,25 +350,20 @@ def key_terms(
                 m1 = m0
                 m2 = _sum_of(next_cos, COUNT) * bias_scale + constant
                 m3 = m2
-                operands = _operands(cos, sin, next_cos, next_sin, COUNT)
+                operands = _operands(cos, sin, next_cos, next_sin, FAST // 4)
+                if FAST < PAIRS_PADDED:
+                    turn = _pairs_at(steps + (2 * PAIRS_PADDED + FAST), t, PAIRS_PADDED - FAST)
+                    slow = _slow_scores(cos, sin, turn, FAST // 4, COUNT)
+                    next_slow = _slow_scores(next_cos, next_sin, turn, FAST // 4, COUNT)
                 cos, sin = _turn(next_cos, next_sin, step_cos, step_sin, COUNT)
             if HAS_MEANS:
-                if start < in_blocks:
-                    by_mean = _means(
-                        anchor,
-                        table + b.to(tl.int64) * table_stride,
-                        now // 64,
-                        blocks,
-                        bg % groups,
-                        queries,
-                        thread,
-                        KEY_DIM,
-                        HEAD_BYTES,
-                    )
-                    m0 += row_scale * by_mean[0]
-                    m1 += row_scale * by_mean[1]
-                    m2 += row_scale * by_mean[2]
-                    m3 += row_scale * by_mean[3]
+                # read again in every round: registers are short
+                queries = _queries(q + at * KEY_DIM, is_row, t, KEY_DIM)
+                by_mean = _mean_products(queries, means, g, KEY_DIM)
+                m0 += row_scale * by_mean[0]
+                m1 += row_scale * by_mean[1]
+                m2 += row_scale * by_mean[2]
+                m3 += row_scale * by_mean[3]
             for j in tl.range(0, tl.where(shares, SPAN // 8, SPAN // 32), num_stages=1, loop_unroll_factor=4):
                 i = first + j
                 s0 = tl.where(i < SPAN // 16, m0, m1)
@@ -308,8 +371,8 @@ def key_terms(
                 s1 = s0
                 s3 = s2
                 if HAS_BIAS:
-                    ASSEMBLY: tl.constexpr = piece(_BIAS, 0, PAIRS_PADDED)
-                    CONSTRAINTS: tl.constexpr = piece(_BIAS, 1, PAIRS_PADDED)
+                    ASSEMBLY: tl.constexpr = piece(_BIAS, 0, FAST, PAIRS_PADDED)
+                    CONSTRAINTS: tl.constexpr = piece(_BIAS, 1, FAST, PAIRS_PADDED)
                     b0, b1, b2, b3 = tl.inline_asm_elementwise(
                         ASSEMBLY,
                         CONSTRAINTS,
@@ -318,6 +381,13 @@ def key_terms(
                         is_pure=True,
                         pack=1,
                     )
+                    if FAST < PAIRS_PADDED:
+                        x = (8 * i + 2 * t).to(tl.float32) * (1 / SPAN)
+                        y = x + 1 / SPAN
+                        b0 += _polynomial(slow, x)
+                        b1 += _polynomial(slow, y)
+                        b2 += _polynomial(next_slow, x)
+                        b3 += _polynomial(next_slow, y)
                     s0 += b0 * bias_scale
                     s1 += b1 * bias_scale
                     s2 += b2 * bias_scale
