@@ -280,3 +280,18 @@ def test_values_of_small_weight_may_be_left_out_within_the_bound(bits: int, devi
 def test_a_threshold_that_leaves_everything_out_is_refused() -> None:
     with pytest.raises(OptionError, match="skip_below must be at least 0 and less than 1; got 1.5"):
         StoreOptions(Precision(3, 3), skip_below=1.5)
+
+
+@pytest.mark.parametrize(("base", "pairs", "quick", "fast"), [(1e6, 64, 16, 32), (1e4, 64, 16, 48), (1e3, 32, 16, 32)])
+def test_pairs_are_told_apart_by_how_far_they_turn(base: float, pairs: int, quick: int, fast: int) -> None:
+    frequencies = base ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
+    terms = bias_terms(torch.zeros(1, 2 * pairs), frequencies, 1.0, False)
+    assert (terms.quick, terms.fast) == (quick, fast)
+    assert (64 * frequencies[: terms.quick] > 1.5).all()
+    assert (128 * frequencies[terms.fast :] <= 0.5).all()
+
+
+def test_pairs_in_no_order_are_all_fast() -> None:
+    frequencies = torch.cat((torch.full((48,), 1e-4), torch.ones(16)))
+    terms = bias_terms(torch.zeros(1, 128), frequencies, 1.0, False)
+    assert (terms.quick, terms.fast) == (0, 64)

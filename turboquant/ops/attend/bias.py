@@ -7,11 +7,14 @@ import torch
 # Tokens for which a query's turned coefficients serve: angles within them come from one table.
 SPAN_TOKENS = 128
 
-# Pairs of one line of a thread's operands.
+# Pairs that a warp reads at once, 4 a thread.
 PAIRS_TOGETHER = 16
 
 # Radians over a span: up to them a series of degree 6 gives cos and sin to 1.6e-6 (0.5^7 / 7!).
 _SLOW = 0.5
+
+# Radians over a block, 64 positions: beyond them cos - 1 is no smaller than cos, and its last digit is larger.
+_QUICK = 1.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,10 +25,11 @@ class BiasTerms:
         bias: [G, D] float32, before the rotary embedding.
         frequencies: [P] int64, turns per position of each rotated pair in units of 2^-64, zeros beyond `pairs`; P is
             a power of two and at least 16. A product with a position then drops whole turns and keeps all digits.
-        spans: [2, 16, P / 16, 32, 8] float16: cos - 1 and sin, side by side, of positions 0 to 127 times the frequency
-            of each pair, as a warp reads them: position 8 i + g, pair 16 j + 4 t + k is [:, i, j, 4 g + t, 2 k]; first
-            rounded, then what that leaves out.
+        spans: [2, 16, P / 16, 32, 8] float16: cos, less 1 behind the first `quick` pairs, and sin, side by side, of
+            positions 0 to 127 times the frequency of each pair, as a warp reads them: position 8 i + g, pair
+            16 j + 4 t + k is [:, i, j, 4 g + t, 2 k]; first rounded, then what that leaves out.
         steps: [3, P] float32: cos and sin of 128 times each frequency, and that angle itself, in radians.
+        quick: a multiple of 16, less than P: all these pairs turn by more than 1.5 radians in 64 positions.
         fast: a multiple of 16, at least 16: no pair behind these turns by more than half a radian in 128 positions.
         pairs: rotated pairs. interleaved, scaling: see KeyBias.
     """
@@ -34,6 +38,7 @@ class BiasTerms:
     frequencies: torch.Tensor
     spans: torch.Tensor
     steps: torch.Tensor
+    quick: int
     fast: int
     pairs: int
     interleaved: bool
@@ -49,14 +54,16 @@ def bias_terms(bias: torch.Tensor, inverse_frequencies: torch.Tensor, scaling: f
     turns = [int(turn * 2.0**64) for turn in (radians / (2 * torch.pi)).tolist()]
     signed = [(turn + (1 << 63)) % (1 << 64) - (1 << 63) for turn in turns]
     angles = torch.arange(SPAN_TOKENS, dtype=torch.float64)[:, None] * radians
+    step = SPAN_TOKENS * radians
+    quick = _whole(step[:-PAIRS_TOGETHER].abs() > 2 * _QUICK)
     # sin of half the angle: cos - 1 without cancellation
-    table = torch.stack((-2 * (angles / 2).sin().square(), angles.sin()), dim=-1)  # [positions, P, 2]
+    cos = -2 * (angles / 2).sin().square()
+    cos[:, :quick] = angles[:, :quick].cos()
+    table = torch.stack((cos, angles.sin()), dim=-1)  # [positions, P, 2]
     ordered = table.view(-1, 8, padded // 16, 4, 8).transpose(1, 2).flatten(2, 3)
     spans = torch.stack((ordered.half(), (ordered - ordered.half()).half()))
-    step = SPAN_TOKENS * radians
     steps = torch.stack((step.cos(), step.sin(), step)).float()
-    quick = torch.nonzero(step.abs() > _SLOW)
-    fast = int(quick.max()) + 1 if len(quick) else 1
+    fast = padded - _whole(step.abs().flip(0) <= _SLOW)
     frequencies = torch.tensor(signed, dtype=torch.int64)
     device = bias.device
     return BiasTerms(
@@ -64,7 +71,8 @@ def bias_terms(bias: torch.Tensor, inverse_frequencies: torch.Tensor, scaling: f
         frequencies.to(device),
         spans.to(device),
         steps.to(device),
-        -(-fast // PAIRS_TOGETHER) * PAIRS_TOGETHER,
+        quick,
+        max(fast, PAIRS_TOGETHER),
         pairs,
         interleaved,
         scaling,
@@ -74,3 +82,8 @@ def bias_terms(bias: torch.Tensor, inverse_frequencies: torch.Tensor, scaling: f
 def padded_pairs(pairs: int) -> int:
     """Rotated pairs as the kernels hold them: a power of two, and at least 16."""
     return max(16, 1 << max(pairs - 1, 0).bit_length())
+
+
+def _whole(holds: torch.Tensor) -> int:
+    """Of how many the first this holds without a gap, in pairs that are read at once."""
+    return int(holds.cumprod(0).sum()) // PAIRS_TOGETHER * PAIRS_TOGETHER

@@ -184,6 +184,7 @@ def _attend_blocks(
     HAS_MEANS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PAIRS_PADDED: tl.constexpr,
+    QUICK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     SKIPS: tl.constexpr,
@@ -260,9 +261,9 @@ def _attend_blocks(
         s = s * row_scale[:, None]
         if HAS_BIAS:
             both = tl.reshape(tl.join(along_cos, along_sin), (ROWS, 2 * PAIRS_PADDED))
-            # the table holds cos - 1, which keeps the digits of slowly turning pairs
             bias = add_scores_dense(no_scores(ROWS, SWAP), both, turns, SWAP, ON_GPU)
-            bias = by_row(bias, SWAP) + tl.sum(along_cos, 1)[:, None]
+            # the table holds cos - 1 of all but quickly turning pairs, which keeps their digits
+            bias = by_row(bias, SWAP) + tl.sum(tl.where(i[None, :] >= QUICK, along_cos, 0), 1)[:, None]
             s += bias * bias_scale[:, None] + constant[:, None]
             along_cos, along_sin = turned_back(along_cos, along_sin, cos_step[None, :], sin_step[None, :])
         s = capped(s, softcap, HAS_SOFTCAP)
@@ -461,6 +462,7 @@ def _attend_split(
     HAS_BIAS: tl.constexpr,
     READS_TERMS: tl.constexpr,
     PAIRS_PADDED: tl.constexpr,
+    QUICK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     SKIPS: tl.constexpr,
@@ -574,6 +576,7 @@ def _attend_split(
                 HAS_MEANS,
                 HAS_BIAS,
                 PAIRS_PADDED,
+                QUICK,
                 HAS_SOFTCAP,
                 IS_CAUSAL,
                 SKIPS,
@@ -722,6 +725,7 @@ def attend_packed(
         "HAS_MEANS": layout.key.mean_bytes > 0,
         "HAS_BIAS": bias is not None,
         "PAIRS_PADDED": pairs_padded,
+        "QUICK": bias.quick if bias is not None else 0,
         "HAS_SOFTCAP": softcap is not None,
         "ON_GPU": not is_interpreted(),
     }
@@ -765,6 +769,7 @@ def attend_packed(
             HAS_MEANS=layout.key.mean_bytes > 0,
             HAS_BIAS=bias is not None,
             PAIRS_PADDED=pairs_padded,
+            QUICK=bias.quick if bias is not None else 0,
             FAST=bias.fast if bias is not None else pairs_padded,
             HAS_SOFTCAP=softcap is not None,
             num_warps=FRAGMENT_WARPS,

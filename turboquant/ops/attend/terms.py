@@ -172,9 +172,9 @@ def _polynomial(factors, x):
 
 
 @triton.jit
-def _sum_of(parts, COUNT: tl.constexpr):
-    total = parts[0]
-    for i in tl.static_range(1, COUNT):
+def _sum_of(parts, START: tl.constexpr, COUNT: tl.constexpr):
+    total = parts[START]
+    for i in tl.static_range(START + 1, COUNT):
         total += parts[i]
     return sum_of_row(total)
 
@@ -278,6 +278,7 @@ def key_terms(
     HAS_MEANS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PAIRS_PADDED: tl.constexpr,
+    QUICK: tl.constexpr,
     FAST: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
@@ -345,10 +346,10 @@ def key_terms(
                 step_cos = _pairs_at(steps, t, PAIRS_PADDED)
                 step_sin = _pairs_at(steps + PAIRS_PADDED, t, PAIRS_PADDED)
                 next_cos, next_sin = _turn(cos, sin, step_cos, step_sin, COUNT)
-                # the table holds cos - 1, which keeps the digits of slowly turning pairs
-                m0 = _sum_of(cos, COUNT) * bias_scale + constant
+                # the table holds cos - 1 of all but quickly turning pairs, which keeps their digits
+                m0 = _sum_of(cos, QUICK // 4, COUNT) * bias_scale + constant
                 m1 = m0
-                m2 = _sum_of(next_cos, COUNT) * bias_scale + constant
+                m2 = _sum_of(next_cos, QUICK // 4, COUNT) * bias_scale + constant
                 m3 = m2
                 operands = _operands(cos, sin, next_cos, next_sin, FAST // 4)
                 if FAST < PAIRS_PADDED:
