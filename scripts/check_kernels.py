@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compile every kernel of the cache for GPUs that need not be there: registers, spills, shared memory, instructions.
+"""Compile every kernel for GPUs that need not be there: registers, spills, shared memory, instructions.
 
     scripts/check_kernels.py                      # all capabilities, typical shapes
     scripts/check_kernels.py --capability 90 89   # some
@@ -25,6 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from streamer.ops.lossless import kernel as lossless_kernel
+from streamer.ops.lossless.layout import BLOCK, coded_parts
 from turboquant.layout import BlockLayout, PackedTokens, SideLayout
 from turboquant.ops import devices
 from turboquant.ops.append import kernel as append_kernel
@@ -172,6 +174,12 @@ def append_calls(bits: int, dim: int, dtype: torch.dtype) -> None:
         unpack_kernel.unpack_records(layout, index, records, table[0, :1], tokens[0])
 
 
+def lossless_calls() -> None:
+    """Launches of decoding coded weights."""
+    stored = torch.zeros(coded_parts(BLOCK).escapes, dtype=torch.uint8)
+    lossless_kernel.decode(stored, torch.zeros(BLOCK, dtype=torch.int16))
+
+
 def _bias(heads: int, dim: int) -> BiasTerms:
     return bias_terms(torch.zeros(heads, dim), 1e6 ** -torch.linspace(0, 1, dim // 2), 1.0, False)
 
@@ -187,6 +195,7 @@ def main() -> None:
     cases: dict[str, Callable[[], None]] = {
         "3 bits, d 128, group 5, key terms": lambda: attend_calls(3, 128, 5, 1, brain, terms=True),
         "append, 3 bits, d 128": lambda: append_calls(3, 128, brain),
+        "coded weights": lossless_calls,
     }
     if not options.quick:
         cases |= {

@@ -8,6 +8,7 @@ import torch
 
 from streamer.checkpoint import Checkpoint
 from streamer.errors import OptionError
+from streamer.ops import lossless
 from streamer.ops.lossless import CodedTensor, decode, encode, least_coded_bytes
 
 BLOCK, RECORD = 4096, 4096 + 3 * 512
@@ -152,3 +153,20 @@ def test_bytes_of_another_length_are_refused(nbytes: int) -> None:
     message = rf"a coded tensor of shape \[4096\] is 5640 to 8192 contiguous uint8, got torch.uint8 \[{nbytes}\]"
     with pytest.raises(OptionError, match=message):
         CodedTensor(torch.zeros(nbytes, dtype=torch.uint8), (4096,))
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_triton", "serves"), [(80, True, True), (75, True, False), (90, False, False)]
+)
+def test_which_gpus_the_kernel_serves(
+    capability: int, has_triton: bool, serves: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lossless, "capability", lambda device: capability)
+    monkeypatch.setattr(lossless, "triton_serves", lambda: has_triton)
+    asked = lossless._kernel_serves.__wrapped__
+    assert not asked(torch.device("cpu"))
+    assert asked(torch.device("cuda:0")) == serves
+    warned = [
+        "cuda:0: coded weights are decoded by plain PyTorch, the kernel needs compute capability 8.0 and triton 3.6"
+    ]
+    assert [record.getMessage() for record in caplog.records] == ([] if serves else warned)

@@ -1,7 +1,9 @@
 """lossless: bfloat16 weights -> fewer bytes, and the same weights again, bit for bit."""
 
+import logging
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -9,6 +11,9 @@ from torch import Tensor
 from streamer.errors import OptionError
 from streamer.ops.lossless import reference
 from streamer.ops.lossless.layout import coded_parts
+from turboquant.ops.devices import LEAST_CAPABILITY, capability, launching_on, triton_serves
+
+logger = logging.getLogger("streamer")
 
 __all__ = ["CodedTensor", "decode", "encode", "least_coded_bytes"]
 
@@ -78,7 +83,7 @@ def encode(weights: Tensor) -> CodedTensor:
 
 
 def decode(coded: CodedTensor, out: Tensor | None = None) -> Tensor:
-    """The tensor that coded bytes stand for.
+    """The tensor that coded bytes stand for; on a GPU by a kernel, which no call waits for.
 
     Args:
         coded: as `encode` gives it.
@@ -86,7 +91,8 @@ def decode(coded: CodedTensor, out: Tensor | None = None) -> Tensor:
     Returns:
         `out`, or a new tensor that the caller owns.
     Raises:
-        OptionError: `out` has another dtype, shape or device, or is not contiguous.
+        OptionError: `out` has another dtype, shape or device, or is not contiguous; or, where the kernel decodes, it
+            or the coded bytes do not begin at a multiple of 16 bytes.
     Source: own; streamer/ops/lossless/reference.py.
     """
     if out is None:
@@ -99,9 +105,27 @@ def decode(coded: CodedTensor, out: Tensor | None = None) -> Tensor:
         )
     if coded.is_raw:
         out.view(-1).view(torch.uint8).copy_(coded.stored)
+    elif _kernel_serves(out.device):
+        from streamer.ops.lossless import kernel
+
+        with launching_on(out.device):
+            kernel.decode(coded.stored, out.view(-1).view(torch.int16))
     else:
         reference.decode(coded.stored, out.view(-1).view(torch.int16))
     return out
+
+
+@cache
+def _kernel_serves(device: torch.device) -> bool:
+    """Whether the kernel decodes there; says once if a GPU is left to PyTorch."""
+    if device.type != "cuda":
+        return False
+    if torch.version.hip is None and capability(device) >= LEAST_CAPABILITY and triton_serves():
+        return True
+    logger.warning(
+        "%s: coded weights are decoded by plain PyTorch, the kernel needs compute capability 8.0 and triton 3.6", device
+    )
+    return False
 
 
 def _check(weights: Tensor, what: str) -> None:

@@ -1,0 +1,128 @@
+"""decode on the GPU: a warp for each block of 4096 weights, 128 of them a lane.
+
+Every tensor here has an element for each group of a block, so no data moves between lanes but for one sum: how many
+escapes stand before a group's own. All words come and go 16 bytes a lane, and an index is never taken apart: a shift
+and a mask put the bits of both weights of a pair where they belong in its word. Compiled for capability 9.0 that is 6.5
+instructions a weight, and 1.9 for each round of escapes, of which normal weights need about 4 (scripts/check_kernels.py
+shows the rest: 58 registers, none spilled).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from streamer.errors import OptionError
+from streamer.ops.lossless.layout import BLOCK, GROUPS, RECORD_BYTES, SIGNS_BYTES, coded_parts
+
+# Words of 32 bits.
+_RECORD = tl.constexpr(RECORD_BYTES // 4)
+_SIGNS = tl.constexpr(SIGNS_BYTES // 4)
+_GROUPS = tl.constexpr(GROUPS)
+_BLOCK = tl.constexpr(BLOCK)
+
+# Both halves of a word of the result; the sign of its upper half makes 0x80008000 a negative number.
+_MANTISSAS = tl.constexpr(0x007F007F)
+_SIGN_BITS = tl.constexpr(0x8000_8000 - (1 << 32))
+
+# What a lane reads and writes at once.
+_ALIGNED_BYTES = 16
+
+
+@triton.jit
+def _ones(word):
+    """How many bits of each word are 1."""
+    word = word.to(tl.uint32, bitcast=True)
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    return ((word * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _pair_bits(word, k: tl.constexpr, at: tl.constexpr):
+    """Bits k and 16 + k of each word, moved to bits `at` and 16 + `at`; at > 0."""
+    if k <= at:
+        moved = word << (at - k)
+    else:
+        moved = word >> (k - at)
+    return moved & (0x0001_0001 << at)
+
+
+@triton.jit(do_not_specialize_on_alignment=["escapes"])
+def _decode_blocks(records, entries, escapes, out):
+    """One block: first as if it had no escapes, then these.
+
+    records, out: words (int32), 16-byte aligned. entries: int64. escapes: bytes.
+    """
+    block = tl.program_id(0).to(tl.int64)
+    g = tl.arange(0, _GROUPS)
+    record = records + block * _RECORD
+    out += block * (_BLOCK // 2)
+    entry = tl.load(entries + block)
+    base = (entry & 0xFF).to(tl.int32) * 0x0080_0080  # in the exponents of both halves
+    plane0 = tl.load(record + _SIGNS + g)
+    plane1 = tl.load(record + _SIGNS + _GROUPS + g)
+    plane2 = tl.load(record + _SIGNS + 2 * _GROUPS + g)
+    for i in tl.static_range(8):
+        signs = tl.load(record + i * _GROUPS + g)
+        for j in tl.static_range(2):
+            k = 2 * i + j
+            # the three fields have no bit in common, and base + index at most 255: nothing is carried
+            index = _pair_bits(plane0, k, 7) | _pair_bits(plane1, k, 8) | _pair_bits(plane2, k, 9)
+            if j == 0:
+                word = (signs & _MANTISSAS) | ((signs << 8) & _SIGN_BITS)
+            else:
+                word = ((signs >> 8) & _MANTISSAS) | (signs & _SIGN_BITS)
+            tl.store(out + k * _GROUPS + g, word | (base + index))
+
+    # a few of a group's 32 weights at most: patched one after another, by as many rounds as the worst group has
+    left = plane0 & plane1 & plane2
+    count = _ones(left)
+    escapes += entry >> 8
+    number = tl.cumsum(count, 0) - count
+    sign_bytes = record.to(tl.pointer_type(tl.uint8))
+    halves = out.to(tl.pointer_type(tl.int16))
+    tl.debug_barrier()  # a patch may come from another lane than the word that it changes
+    for _ in range(tl.max(count, 0)):
+        is_left = left != 0
+        bit = _ones((left & -left) - 1)  # of the lowest 1; anything where there is none
+        pair = bit & 15
+        h = (bit >> 4) & 1
+        exponent = tl.load(escapes + number, mask=is_left, other=0).to(tl.int32)
+        at = ((pair >> 1) * _GROUPS + g) * 4 + 2 * h + (pair & 1)
+        sign = tl.load(sign_bytes + at, mask=is_left, other=0).to(tl.int32)
+        weight = ((sign & 0x80) << 8) | (exponent << 7) | (sign & 0x7F)
+        tl.store(halves + (pair * _GROUPS + g) * 2 + h, weight.to(tl.int16), mask=is_left)
+        left &= left - 1
+        number += 1
+
+
+def decode(stored: torch.Tensor, out: torch.Tensor, *, warps: int = 1) -> None:
+    """The weights of coded bytes: one launch, and a copy of the tail where there is one; nothing waits for the device.
+
+    Args:
+        stored: [M] uint8 of `encode`, on the device, beginning at a multiple of 16 bytes. Its entries and planes are
+            believed: bytes from a file are checked when they are read.
+        out: [N] int16, contiguous, on the same device, beginning at a multiple of 16 bytes. Overwritten.
+        warps: of a block.
+    Raises:
+        OptionError: one of them begins elsewhere.
+    Source: own; equal to streamer/ops/lossless/reference.py (tests/kernels/test_streamer_lossless_kernel.py).
+    """
+    begins = stored.data_ptr(), out.data_ptr()
+    if any(begin % _ALIGNED_BYTES for begin in begins):
+        raise OptionError(
+            f"the kernel reads and writes what begins at multiples of {_ALIGNED_BYTES} bytes; these coded bytes begin "
+            f"at {begins[0]:#x}, the tensor for the weights at {begins[1]:#x}: allocate them, or copy them there"
+        )
+    parts = coded_parts(out.numel())
+    if parts.blocks:
+        _decode_blocks[(parts.blocks,)](
+            stored[: parts.entries].view(torch.int32),
+            stored[parts.entries : parts.tail].view(torch.int64),
+            stored[parts.escapes :],
+            out[: parts.blocks * BLOCK].view(torch.int32),
+            num_warps=warps,
+        )
+    if parts.escapes > parts.tail:
+        out[parts.blocks * BLOCK :].view(torch.uint8).copy_(stored[parts.tail : parts.escapes])
