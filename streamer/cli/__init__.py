@@ -8,6 +8,7 @@ from streamer.cli.doctor import doctor
 from streamer.cli.evaluate import evaluate
 from streamer.cli.group import CommandGroup
 from streamer.cli.memory_report import memory_report
+from streamer.cli.pack import pack, unpack
 from streamer.cli.run import run
 
 __all__ = ["main"]
@@ -22,7 +23,8 @@ main = CommandGroup(
       tq-stream memory-report Qwen2.5-14B --context 32768 --vram 24GiB
       tq-stream bench Qwen2.5-14B --vram 8GiB
       tq-stream eval Qwen2.5-14B --text book.txt
+      tq-stream pack Qwen2.5-14B
       tq-stream doctor
     """,
-    commands=[run, memory_report, bench, evaluate, doctor],
+    commands=[run, memory_report, bench, evaluate, pack, unpack, doctor],
 )

@@ -103,6 +103,7 @@ def test_sizes_are_known_before() -> None:
     assert [least_coded_bytes(numel) for numel in (0, 1, 4095, 4096, 4097, 3 * 4096)] == [0, 2, 8190, 5640, 5642, 16920]
 
 
+@pytest.mark.slow
 def test_the_demo_model_takes_71_percent(demo_model: Path) -> None:
     """All of its bf16 weights, norms and embedding included, each tensor for itself; every bit comes back."""
     stored = weights_bytes = 0
