@@ -8,11 +8,11 @@ from streamer.ops.lossless import decode, encode, least_coded_bytes
 from streamer.ops.lossless.layout import BLOCK, MAX_BASE, WINDOW
 
 SEEDS = st.integers(0, 2**31)
-# lengths around whole blocks, and around the steps of 64 blocks in which they are coded
+# lengths around whole blocks, and around the steps of 127 blocks in which they are coded
 LENGTHS = st.one_of(
     st.integers(0, 3 * BLOCK),
     st.builds(lambda blocks, more: blocks * BLOCK + more, st.integers(1, 3), st.integers(-1, 1)),
-    st.sampled_from([64 * BLOCK, 65 * BLOCK + 1]),
+    st.sampled_from([127 * BLOCK, 128 * BLOCK + 1]),
 )
 
 steady = settings(max_examples=60, deadline=None, derandomize=True)
