@@ -115,7 +115,7 @@ def evaluate(
         StreamingEngine(model, bits=16, on_note=screen.line, **engine_arguments) as engine,
     ):
         ids = engine.encode(words, chat_template=False)
-        pieces = text_windows(ids, windows, window_tokens)
+        pieces = text_windows(ids, windows, window_tokens, bos=engine.tokenizer.bos_token_id)
         searched = [passkey_trials(ids, engine.tokenizer, length, trials) for length in lengths]
         # room for the uncompressed cache and, as if they were no smaller, all others
         assembled = engine.assemble(longest, 1 + len(wanted))
