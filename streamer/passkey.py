@@ -18,9 +18,10 @@ from streamer.quality import CacheSetting
 from turboquant import TurboQuantCache
 from turboquant.hf import CompressedLayer
 
-# The words of Mohtashami and Jaggi, Landmark attention (arXiv 2305.16300).
-_SENTENCE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
-_QUESTION = "\n\nWhat is the pass key? The pass key is"
+# After Mohtashami and Jaggi, Landmark attention (arXiv 2305.16300), with "secret" where the key follows: their question
+# ends in words that "is the pass key" follows as well, with which small models then answer.
+_SENTENCE = "\n\nThe secret pass key is {key}. Remember it. {key} is the pass key.\n\n"
+_QUESTION = "\n\nQuestion: What is the secret pass key?\nAnswer: The secret pass key is"
 
 # Shares of the text before the sentence. None is near the end: the newest tokens are not coded, and test nothing.
 DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8)
@@ -70,7 +71,7 @@ def passkey_trials(ids: Sequence[int], tokenizer: Any, tokens: int, count: int, 
         tokenizer: of the model. tokens: of each text. count: of texts. seed: of keys and places.
     Raises:
         OptionError: the long text is too short, or a text of that length has no room for the sentence.
-    Source: Mohtashami and Jaggi 2023; places and depths are our own.
+    Source: after Mohtashami and Jaggi 2023; words, places and depths are our own.
     """
 
     def encode(words: str) -> list[int]:

@@ -85,7 +85,7 @@ def test_eval_looks_for_pass_keys(tiny: Path, text: Path) -> None:
         (("--context", "400", "--passkey", "200,350"), "--context 400 has no room for 414 tokens", 2),
         (("--passkey", "long"), "'long' is not a list of lengths: write tokens with commas, as in 1024,2048", 2),
         (("--passkey", "0"), "'0' is not a list of lengths", 2),
-        (("--passkey", "20"), "a text of 20 tokens has no room for a pass key: give 62 or more", 2),
+        (("--passkey", "20"), "a text of 20 tokens has no room for a pass key: give 69 or more", 2),
         (("--trials", "3"), "--trials has no effect without --passkey: leave it out", 2),
         (("--windows", "0"), "--windows 0 leaves nothing to measure: add --passkey 1024", 2),
         (("--windows", "0", "--passkey", "100"), "--window-tokens has no effect with --windows 0: leave it out", 2),

@@ -40,11 +40,14 @@ def test_texts_hold_their_key_once_at_their_depth(engine: Any) -> None:
     for trial in trials:
         assert trial.text.shape == (1, 300)
         text = engine.tokenizer.decode(trial.text[0])
-        sentence = f"\n\nThe pass key is {trial.key}. Remember it. {trial.key} is the pass key.\n\n"
+        sentence = f"\n\nThe secret pass key is {trial.key}. Remember it. {trial.key} is the pass key.\n\n"
         before, _, after = text.partition(sentence)
         assert len(before) == pytest.approx(trial.depth * (300 - len(sentence)), abs=1)  # a token is a byte here
         assert before + after in engine.tokenizer.decode(ids)  # a piece of the text, all of it, in order
-        assert engine.tokenizer.decode(trial.question[0]) == "\n\nWhat is the pass key? The pass key is"
+        assert (
+            engine.tokenizer.decode(trial.question[0])
+            == "\n\nQuestion: What is the secret pass key?\nAnswer: The secret pass key is"
+        )
     again, other = (passkey_trials(ids, engine.tokenizer, 300, 12, seed=seed) for seed in (0, 1))
     assert [trial.text.tolist() for trial in again] == [trial.text.tolist() for trial in trials]
     assert [trial.key for trial in other] != [trial.key for trial in trials]
@@ -66,7 +69,7 @@ def test_a_token_that_begins_every_text_begins_these(engine: Any) -> None:
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        (40, "a text of 40 tokens has no room for a pass key: give 62 or more"),
+        (40, "a text of 40 tokens has no room for a pass key: give 69 or more"),
         (2000, "a pass key in 2000 tokens was asked for and the text has 1134: give a smaller length"),
     ],
 )
