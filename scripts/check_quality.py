@@ -221,7 +221,7 @@ def measure(args: argparse.Namespace, texts: Sequence[Path]) -> None:
                 f"tq-stream eval ended with status {result.returncode}; rows measured before it are kept"
             )
         found = rows_of(json.loads(result.stdout), args.skip_characters, args.trials, current_commit())
-        write(args.folder, merged(rows, found))
+        write(args.folder, merged(read_rows(args.folder), found))  # another run may have added some
 
 
 # ------------------------------------------------------------------------------------------------------------- pages
