@@ -258,12 +258,15 @@ def page(text: str, rows: list[Row]) -> str:
 
 def tables(rows: list[Row]) -> str:
     """A table for each protocol, under the command of its rows."""
-    if not rows:
-        return "Not measured yet."
-    protocols: dict[tuple[Any, ...], list[Row]] = {}
+    return "\n\n".join(map(_table, protocols(rows))) or "Not measured yet."
+
+
+def protocols(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows that compare with each other, those of most texts and then most rows first."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        protocols.setdefault(protocol_of(row), []).append(row)
-    return "\n\n".join(_table(own) for own in protocols.values())
+        found.setdefault(protocol_of(row), []).append(row)
+    return sorted(found.values(), key=lambda own: (len({row["text"] for row in own}), len(own)), reverse=True)
 
 
 def _table(rows: list[Row]) -> str:
@@ -302,12 +305,10 @@ _COLOURS = ("#1b6ca8", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#be123c")
 
 
 def plotted(rows: Iterable[Row]) -> list[Row]:
-    """The rows of the protocol that has most of them: figures of different protocols do not compare."""
-    protocols: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        if row["kind"] == "kl" and row["kl_mean"] > 0:  # a logarithm is taken
-            protocols.setdefault(protocol_of(row), []).append(row)
-    return max(protocols.values(), key=len, default=[])
+    """The rows of the first table: figures of different protocols do not compare."""
+    return next(
+        iter(protocols(row for row in rows if row["kind"] == "kl" and row["kl_mean"] > 0)), []
+    )  # for logarithms
 
 
 def plot(rows: Sequence[Row]) -> str:

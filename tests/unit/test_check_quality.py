@@ -143,13 +143,14 @@ def test_tables_stand_under_the_commands_that_measured_them() -> None:
         "above\n<!-- kl: begin -->\nstale\n<!-- kl: end -->\nbetween\n<!-- passkey: begin -->\n<!-- passkey: end -->\n"
     )
     other = KL | {"step": 1, "setting": "3,block_means=off"}
-    made = check_quality.page(page, check_quality.merged([KL, other], [PASSKEY, PASSKEY | {"tokens": 2048}]))
+    kl = [KL, KL | {"text": "b.txt"}, other, other | {"setting": "2"}, other | {"setting": "4"}]
+    made = check_quality.page(page, check_quality.merged(kl, [PASSKEY, PASSKEY | {"tokens": 2048}]))
     assert made.startswith("above\n")
     assert "stale" not in made
     windows = "--windows 1 --window-tokens 300 --prefill 100"
-    commands = [
-        f"tq-stream eval m --text TEXT --skip-characters 0 {windows} --step 1 --dtype float32 --setting SETTING",
+    commands = [  # the protocol of most texts first
         f"tq-stream eval m --text TEXT --skip-characters 0 {windows} --step 50 --dtype float32 --setting SETTING",
+        f"tq-stream eval m --text TEXT --skip-characters 0 {windows} --step 1 --dtype float32 --setting SETTING",
         "tq-stream eval m --text TEXT --skip-characters 0 --windows 0 --passkey 1024,2048 --trials 5 --dtype float32 "
         "--setting SETTING",
     ]
@@ -188,7 +189,20 @@ def test_the_plot_is_of_one_protocol() -> None:
     many = [KL | {"setting": setting} for setting in ("4", "3", "2")]
     rows = [KL | {"step": 1}, *many, PASSKEY, KL | {"setting": "16", "kl_mean": 0.0}]
     assert check_quality.plotted(rows) == many
+    texts = [KL | {"step": 1, "text": text} for text in ("a.txt", "b.txt")]
+    assert check_quality.plotted([*many, *texts]) == texts
     assert ElementTree.fromstring(check_quality.plot(check_quality.plotted([])))
+
+
+def test_the_page_is_made_of_the_rows_that_are_kept() -> None:
+    """docs/quality.md and docs/quality.svg, written again, are the same."""
+    folder = Path(check_quality.FOLDER)
+    rows = check_quality.read_rows(folder)
+    assert rows
+    text = (folder / "quality.md").read_text(encoding="utf-8")
+    assert check_quality.page(text, rows) == text
+    assert check_quality.plot(check_quality.plotted(rows)) == (folder / "quality.svg").read_text(encoding="utf-8")
+    assert not [row["commit"] for row in rows if row["commit"].endswith("-dirty")]
 
 
 # ------------------------------------------------------------------------------------------------------------- texts
