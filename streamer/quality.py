@@ -123,19 +123,25 @@ class _Tally:
         )
 
 
-def text_windows(ids: Sequence[int], count: int, tokens: int) -> torch.Tensor:
+def text_windows(ids: Sequence[int], count: int, tokens: int, *, bos: int | None = None) -> torch.Tensor:
     """The first `count` windows of a text, one after another: [count, tokens].
 
+    Args:
+        ids: token ids of the text. count, tokens: of windows, and of each.
+        bos: the token that begins texts; where this text has it, each window begins with it, as models expect.
     Raises:
         OptionError: the text is shorter.
     Source: own.
     """
-    if len(ids) < count * tokens:
+    begin = [ids[0]] if len(ids) and ids[0] == bos else []
+    each = tokens - len(begin)
+    if len(ids) < len(begin) + count * each:
         raise OptionError(
             f"{count} windows of {tokens} tokens were asked for and the text has {len(ids)} tokens: give fewer or "
             "shorter windows, or a longer text"
         )
-    return torch.tensor(ids[: count * tokens]).view(count, tokens)
+    starts = range(len(begin), len(begin) + count * each, each)
+    return torch.tensor([[*begin, *ids[start : start + each]] for start in starts])
 
 
 @torch.inference_mode()

@@ -55,6 +55,21 @@ def parse_layers(text: str) -> tuple[int, ...]:
         raise OptionError(f"{text!r} is not a list of layers: write numbers with commas, as in 0,-1") from None
 
 
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """Lengths of texts in tokens from a list such as "1024,2048".
+
+    Args:
+        text: positive integers with commas between them.
+    Raises:
+        OptionError: something else.
+    Source: own.
+    """
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise OptionError(f"{text!r} is not a list of lengths: write tokens with commas, as in 1024,2048")
+    return tuple(int(part) for part in parts)
+
+
 def parse_rate(text: str) -> float:
     """The rate of a link in GB/s that a text such as "25" stands for.
 
@@ -77,6 +92,7 @@ SIZE = Parsed("size", parse_size)
 RATE = Parsed("rate", parse_rate)
 DTYPE = Parsed("dtype", parse_dtype)
 LAYERS = Parsed("layers", parse_layers)
+LENGTHS = Parsed("lengths", parse_lengths)
 TOKENS = click.IntRange(min=1)
 
 
@@ -163,7 +179,7 @@ def refuse_gpu_options(otherwise: str = "") -> None:
     given = [name for name in _GPU_OPTIONS if context.params.get(name) is not None]
     if not given or not _is_on_cpu(context.params["device"]):
         return
-    names = " and ".join(_as_given(context, name) for name in given)
+    names = " and ".join(as_given(context, name) for name in given)
     are, them = ("is", "it") if len(given) == 1 else ("are", "them")
     instead = "; --ram limits host memory" if "vram" in given else ""
     raise OptionError(
@@ -180,7 +196,12 @@ def _is_on_cpu(device: str | None) -> bool:
     return device.partition(":")[0] == "cpu"
 
 
-def _as_given(context: click.Context, name: str) -> str:
+def is_given(context: click.Context, name: str) -> bool:
+    """Whether the user set a parameter, by an option or a variable."""
+    return context.get_parameter_source(name) is not ParameterSource.DEFAULT
+
+
+def as_given(context: click.Context, name: str) -> str:
     """How a parameter got its value: "--vram", "--no-direct-io" or "TQ_STREAM_VRAM"."""
     if context.get_parameter_source(name) is ParameterSource.ENVIRONMENT:
         return f"{ENVIRONMENT_PREFIX}_{name.upper()}"

@@ -52,6 +52,27 @@ def test_eval_json_says_how_it_was_measured(tiny: Path, text: Path) -> None:
     assert size == sorted(size, reverse=True)
 
 
+def test_eval_looks_for_pass_keys(tiny: Path, text: Path) -> None:
+    pieces = ("--passkey", "150,300", "--trials", "2", "--setting", "2", "--device", "cpu", "--windows", "0")
+    result = tq_stream("eval", tiny, "--text", text, *pieces)
+    assert result.exit_code == 0, result.stderr
+    table = """tokens  setting       pass keys found, in all and behind   0 %  20 %  40 %  60 %  80 % of the text
+   150  uncompressed  0 of 2                            0       0       0       0       0
+   150  2             0 of 2                            0       0       0       0       0
+   300  uncompressed  0 of 2                            0       0       0       0       0
+   300  2             0 of 2                            0       0       0       0       0
+"""
+    assert result.stdout == table  # a random model says nothing
+    assert "looking for pass keys in 2 texts of 150 tokens" in result.stderr
+    both = tq_stream("eval", tiny, "--text", text, *SMALL, "--passkey", "200", "--trials", "2", "--json")
+    found = json.loads(both.stdout)
+    assert [row["setting"] for row in found["settings"]] == ["4", "3", "2"]
+    assert [(row["setting"], row["tokens"], row["trials"]) for row in found["passkeys"]] == [
+        (setting, 200, 2) for setting in ("uncompressed", "4", "3", "2")
+    ]
+    assert found["passkeys"][0]["found_by_depth"].keys() == {"0.0", "0.2", "0.4", "0.6", "0.8"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message", "status"),
     [
@@ -60,7 +81,14 @@ def test_eval_json_says_how_it_was_measured(tiny: Path, text: Path) -> None:
         (("--windows", "9"), "9 windows of 300 tokens were asked for and the text has", 2),
         (("--prefill", "299"), "prefill from 1 to 298", 2),
         (("--window-tokens", "5000"), "5000", 2),
-        (("--context", "50"), "--context 50 has no room for windows of 300 tokens", 2),
+        (("--context", "50"), "--context 50 has no room for 300 tokens, the longest piece that would be read", 2),
+        (("--context", "400", "--passkey", "200,350"), "--context 400 has no room for 414 tokens", 2),
+        (("--passkey", "long"), "'long' is not a list of lengths: write tokens with commas, as in 1024,2048", 2),
+        (("--passkey", "0"), "'0' is not a list of lengths", 2),
+        (("--passkey", "20"), "a text of 20 tokens has no room for a pass key: give 69 or more", 2),
+        (("--trials", "3"), "--trials has no effect without --passkey: leave it out", 2),
+        (("--windows", "0"), "--windows 0 leaves nothing to measure: add --passkey 1024", 2),
+        (("--windows", "0", "--passkey", "100"), "--window-tokens has no effect with --windows 0: leave it out", 2),
         (("--text", "nowhere.txt"), "--text nowhere.txt is no file", 2),
         (("--vram", "8GiB"), "--vram is for a GPU, and this command would use the CPU", 2),
     ],

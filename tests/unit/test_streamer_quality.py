@@ -51,6 +51,13 @@ def test_a_text_that_is_too_short_is_refused() -> None:
         text_windows(range(10), 3, 4)
 
 
+def test_windows_begin_as_texts_do() -> None:
+    assert text_windows([9, 1, 2, 3, 4], 2, 3, bos=9).tolist() == [[9, 1, 2], [9, 3, 4]]
+    assert text_windows([9, 1, 2, 3, 4], 2, 2, bos=1).tolist() == [[9, 1], [2, 3]]
+    with pytest.raises(OptionError, match="2 windows of 4 tokens were asked for and the text has 6 tokens"):
+        text_windows([9, 1, 2, 3, 4, 5], 2, 4, bos=9)
+
+
 @pytest.mark.parametrize("step", [1, 7, 100])
 def test_figures_are_those_of_an_evaluation_in_full(step: int, model: Any) -> None:
     """Window by window: whole logits with and without the cache, positions 40 to the last but one."""
