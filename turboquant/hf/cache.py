@@ -16,7 +16,7 @@ from turboquant.hf.dense import dense_attention
 from turboquant.hf.key_bias import find_key_biases
 from turboquant.hf.masks import CausalMask
 from turboquant.key_bias import KeyBias
-from turboquant.policy import Precision, layer_precisions
+from turboquant.policy import NO_DECAY, Precision, check_decay, layer_precisions, parse_decay
 from turboquant.store import CompressedKV, StoreOptions
 
 logger = logging.getLogger("turboquant")
@@ -45,7 +45,7 @@ class LayerReport:
 
     Attributes:
         layer: index. kind: "compressed", "dense", "sliding window" or "empty".
-        key_bits, value_bits: widths of the stored code (16 = the model's dtype).
+        key_bits, value_bits: widths of the stored code (16 = the model's dtype); blocks that have aged have fewer.
         tokens: tokens held per row. coded_tokens: those of them held as codes.
         nbytes: all bytes. parts: the same by kind ("codes", "scales", "means", "dense", "rotation", "bias", "tables").
         dense_nbytes: what the same tokens take in the model's dtype.
@@ -381,6 +381,8 @@ class TurboQuantCache(Cache):
         capacity_tokens: allocate for that many tokens at once; None grows in steps.
         skip_below: kernels may leave out the values of blocks whose weights are all below this share of the largest,
             see `ops.attend.attend_packed` for the bound of the error; 0 leaves nothing out.
+        decay: from which ages on tokens keep fewer bits, block by block, as in "4096:3,32768:2" (`parse_decay`): older
+            than 4096 tokens at most 3 bits, older than 32768 at most 2; sinks and window stay. "off": they keep all.
         key_biases: one KeyBias or None per layer, for a caller that knows them; default: read from `model`.
     Layers with a sliding window keep transformers' own layer. Under our attention (`wrap`, or
     `model.set_attn_implementation("turboquant")`) codes are read in place; under any other, `update` unpacks the
@@ -404,6 +406,7 @@ class TurboQuantCache(Cache):
         block_means: bool = True,
         capacity_tokens: int | None = None,
         skip_below: float = 0.0,
+        decay: str = NO_DECAY,
         key_biases: Sequence[KeyBias | None] | None = None,
     ):
         config = cast(
@@ -429,6 +432,8 @@ class TurboQuantCache(Cache):
             value_bits=value_bits,
             protected_layers=tuple(protected_layers),
         )
+        steps = parse_decay(decay)
+        check_decay(steps, precisions)
         if key_biases is None:
             key_biases = find_key_biases(model) if isinstance(model, nn.Module) else [None] * len(plain_layers)
         if len(key_biases) != len(plain_layers):
@@ -441,7 +446,15 @@ class TurboQuantCache(Cache):
                 layers.append(DenseLayer(capacity_tokens))
             else:
                 options = StoreOptions(
-                    precision, window, sinks, rotation, _layer_seed(seed, i), block_means, capacity_tokens, skip_below
+                    precision,
+                    window,
+                    sinks,
+                    rotation,
+                    _layer_seed(seed, i),
+                    block_means,
+                    capacity_tokens,
+                    skip_below,
+                    steps,
                 )
                 layers.append(CompressedLayer(CompressedKV(options, key_bias=bias), self.config))
         super().__init__(layers=layers)
