@@ -31,6 +31,7 @@ from streamer.runtime import Runtime, build_runtime, measured_context_bytes
 from streamer.stats import RunStats
 from streamer.text import TextPieces
 from streamer.weights import current_device
+from turboquant.policy import NO_DECAY
 
 logger = logging.getLogger("streamer")
 
@@ -48,6 +49,7 @@ class StreamingEngine:
         model: a folder, a hub id ("org/name") or a short name ("Qwen2.5-14B").
         bits: width of the KV cache: 2, 3, 4, or 16 for uncompressed. key_bits, value_bits: override one side.
         protected_layers: layers whose cache stays uncompressed.
+        decay: from which ages on tokens keep fewer bits of the cache, as in "4096:3,32768:2"; "off" = all keep theirs.
         vram: budget of the whole process on the device, e.g. "8GiB"; default: what is free.
         ram: budget of the process's host memory, e.g. "32GiB", pages of files apart (the system takes those back), and
             on the CPU what Python and its libraries take; default: 90 % of what is free, no limit on the CPU.
@@ -72,6 +74,7 @@ class StreamingEngine:
         key_bits: int | None = None,
         value_bits: int | None = None,
         protected_layers: Sequence[int] = (),
+        decay: str = NO_DECAY,
         vram: str | int | None = None,
         ram: str | int | None = None,
         device: str | None = None,
@@ -94,7 +97,7 @@ class StreamingEngine:
         self._dtype = parse_dtype(str(dtype).removeprefix("torch."))
         self._context, self._prefill_chunk, self._resident = context, prefill_chunk, resident
         self._direct_io = direct_io
-        self._cache_settings = CacheSettings(bits, key_bits, value_bits, tuple(protected_layers))
+        self._cache_settings = CacheSettings(bits, key_bits, value_bits, tuple(protected_layers), decay=decay)
         resolved = resolve_model(str(model), offline=offline, on_line=self.stats.note)
         self.folder = resolved.folder
         self._checkpoint = Checkpoint.open(self.folder)
@@ -451,6 +454,7 @@ def plan_report(
     key_bits: int | None = None,
     value_bits: int | None = None,
     protected_layers: Sequence[int] = (),
+    decay: str = NO_DECAY,
     ram: str | int | None = None,
     dtype: str = "auto",
     context: int | None = None,
@@ -488,7 +492,7 @@ def plan_report(
         direct_io=direct_io,
         resident_layers=resident,
         prefill_chunk=prefill_chunk,
-        cache=CacheSettings(bits, key_bits, value_bits, tuple(protected_layers)),
+        cache=CacheSettings(bits, key_bits, value_bits, tuple(protected_layers), decay=decay),
     )
     if request.context > limit:
         raise _context_error(request.context, limit)

@@ -257,7 +257,7 @@ def _changes(
         size = min(wanted, host_bytes // GIB) if host_bytes is not None else wanted
         yield f"--ram {size}GiB", replace(request, ram_bytes=size * GIB)
     cache = request.cache
-    if 2 < cache.bits < 16:
+    if cache.fewest_bits < cache.bits < 16:
         yield f"--bits {cache.bits - 1}", replace(request, cache=replace(cache, bits=cache.bits - 1))
     if needed_tokens is not None and (rounded := -(-needed_tokens // 256) * 256) < request.context:
         yield f"--context {rounded}", replace(request, context=rounded)

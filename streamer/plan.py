@@ -11,7 +11,7 @@ from streamer.options import GIB, format_size
 from streamer.schedule import ring_extent
 from turboquant.hf import FLOAT32_SCORE_BYTES
 from turboquant.ops.devices import LEAST_DIM, MOST_DIM
-from turboquant.policy import Precision, layer_precisions
+from turboquant.policy import NO_DECAY, Precision, check_decay, layer_precisions, parse_decay
 from turboquant.store import StoreOptions, store_bytes
 
 # Ring over the streamed units of the largest layer. 1.2 keep the link busy while tokens are decoded one at a time, in a
@@ -69,6 +69,13 @@ class CacheSettings:
     protected_layers: tuple[int, ...] = ()
     window: int = 128
     sinks: int = 4
+    decay: str = NO_DECAY
+
+    @property
+    def fewest_bits(self) -> int:
+        """The least `bits` of which the decay can still take some."""
+        steps = parse_decay(self.decay)
+        return steps[-1].bits + 1 if steps else 2
 
 
 @dataclass(frozen=True)
@@ -162,6 +169,8 @@ def cache_bytes(architecture: Architecture, request: Request) -> int:
         value_bits=cache.value_bits,
         protected_layers=cache.protected_layers,
     )
+    steps = parse_decay(cache.decay)
+    check_decay(steps, precisions)
     total = 0
     for (shape, window), precision in zip(architecture.cache_layers, precisions, strict=True):
         width = shape.num_kv_heads * (shape.key_dim + shape.value_dim) * item
@@ -170,7 +179,7 @@ def cache_bytes(architecture: Architecture, request: Request) -> int:
         elif precision == Precision(16, 16):
             total += request.batch * width * request.context
         else:
-            options = StoreOptions(precision, cache.window, cache.sinks, capacity_tokens=request.context)
+            options = StoreOptions(precision, cache.window, cache.sinks, capacity_tokens=request.context, decay=steps)
             total += store_bytes(
                 request.context,
                 request.batch,
@@ -191,7 +200,7 @@ def make_plan(architecture: Architecture, request: Request, *, key_bias_bytes: i
 
     Raises:
         DoesNotFitError: with every term, and the nearest setting that fits.
-        OptionError: more resident layers than the model has.
+        OptionError: more resident layers than the model has, or a cache that cannot be as its settings say.
     """
     if request.resident_layers is not None and request.resident_layers > architecture.num_layers:
         raise OptionError(
@@ -625,7 +634,7 @@ def _smaller_cache(request: Request, budget_bytes: int, needs: Callable[[Request
         needs: bytes of a request.
     """
     options = []
-    for bits in range(min(request.cache.bits - 1, 4), 1, -1):
+    for bits in range(min(request.cache.bits - 1, 4), request.cache.fewest_bits - 1, -1):
         needed_bytes = needs(replace(request, cache=replace(request.cache, bits=bits)))
         if needed_bytes <= budget_bytes:
             options.append(f"--bits {bits} (needs {format_size(needed_bytes)})")

@@ -28,6 +28,7 @@ _OPTIONS: Mapping[str, Callable[[str], Any]] = MappingProxyType({
     "block_means": lambda text: {"on": True, "off": False}[text],
     "protected_layers": lambda text: tuple(int(part) for part in text.split("/")),
     "skip_below": float,
+    "decay": lambda text: text.replace("/", ","),
 })
 
 
@@ -61,7 +62,13 @@ def parse_setting(text: str) -> CacheSetting:
 
 
 def _example(name: str) -> str:
-    examples = {"rotation": "qr", "block_means": "off", "protected_layers": "0/-1", "skip_below": "1e-4"}
+    examples = {
+        "rotation": "qr",
+        "block_means": "off",
+        "protected_layers": "0/-1",
+        "skip_below": "1e-4",
+        "decay": "512:3/1024:2",
+    }
     return f"{name}={examples.get(name, '3')}"
 
 

@@ -13,6 +13,7 @@ from streamer.forecast import BudgetRow, Forecast, Lever, Machine, budget_rows, 
 from streamer.options import GB, GIB, format_size
 from streamer.plan import CacheSettings, Plan, cache_bytes
 from turboquant.hf import TurboQuantCache
+from turboquant.policy import parse_decay
 
 _PLACES = {"device": "GPU", "host": "host memory", "file": "files (page cache)"}
 
@@ -34,6 +35,7 @@ class MemoryReport:
     Attributes:
         rows: parts. device_peak: predicted and measured peak of the process on the device, None without one.
         kv_tokens: tokens that the KV row is for. kv_bits, uncompressed_kv_bytes: its width and 16-bit size.
+        kv_decay: as it was asked for, such as "4096:3,32768:2", or "off".
         layers_resident, num_layers, streamed_bytes: what stays on the device and what crosses the link per pass.
         staged_bytes: of these, read from the files again in every pass.
         link_bytes_per_s: rate of the link that the rest is for; None without one, and on the CPU.
@@ -48,6 +50,7 @@ class MemoryReport:
     device_peak: MemoryRow | None
     kv_tokens: int
     kv_bits: tuple[int, int]
+    kv_decay: str
     uncompressed_kv_bytes: int
     layers_resident: int
     num_layers: int
@@ -98,9 +101,10 @@ class MemoryReport:
     def _sentences(self) -> str:
         kv = next(row for row in self.rows if row.name == "KV cache")
         size = kv.predicted_bytes if kv.measured_bytes is None else kv.measured_bytes
+        bits = f"{self.kv_bits[0]}-bit keys and {self.kv_bits[1]}-bit values{format_decay(self.kv_decay)}"
         lines = [
-            f"KV cache for {self.kv_tokens} tokens: {format_size(size)} at {self.kv_bits[0]}-bit keys and "
-            f"{self.kv_bits[1]}-bit values; {format_size(self.uncompressed_kv_bytes)} uncompressed"
+            f"KV cache for {self.kv_tokens} tokens: {format_size(size)} at {bits}; "
+            f"{format_size(self.uncompressed_kv_bytes)} uncompressed"
         ]
         if self.device_peak is not None:
             lines.append(
@@ -160,6 +164,11 @@ class MemoryReport:
         return format_rate(row.tokens_per_s) + (" if the files keep up" if is_open else "")
 
 
+def format_decay(decay: str) -> str:
+    """What a decay leaves of older tokens, to be read after the bits of the others; nothing where there is none."""
+    return "".join(f", {step.bits} bits beyond {step.age_tokens} tokens" for step in parse_decay(decay))
+
+
 def build_report(
     architecture: Architecture,
     plan: Plan,
@@ -207,6 +216,7 @@ def build_report(
         device_peak=peak,
         kv_tokens=kv_tokens,
         kv_bits=(settings.key_bits or settings.bits, settings.value_bits or settings.bits),
+        kv_decay=settings.decay,
         uncompressed_kv_bytes=cache_bytes(architecture, dense),
         layers_resident=plan.layers_resident,
         num_layers=architecture.num_layers,

@@ -67,6 +67,7 @@ class CacheFactory:
             protected_layers=settings.protected_layers,
             window=settings.window,
             sinks=settings.sinks,
+            decay=settings.decay,
             capacity_tokens=self.capacity_tokens,
             key_biases=self._key_biases,
         )

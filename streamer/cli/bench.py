@@ -171,6 +171,7 @@ def _timed(
         "num_layers": report.num_layers,
         "prefill_chunk": plan.prefill_chunk,
         "kv_bits": report.kv_bits,
+        "kv_decay": report.kv_decay,
         "reader_bytes_per_s": reader_rate,
         "limit_tokens_per_s": limit.tokens_per_s,
         "share_of_limit": share,
@@ -221,6 +222,8 @@ def _origin(rate: "FileRate") -> str:
 
 def _described(found: dict[str, Any]) -> str:
     """The model's figures as lines to read."""
+    from streamer.report import format_decay
+
     on_cpu = found["device"] == "cpu"
     sweep = f"{found['prompt_tokens'] / found['first_token_s']:.0f} prompt tok/s"
     rows = [
@@ -253,7 +256,7 @@ def _described(found: dict[str, Any]) -> str:
     keys, values = found["kv_bits"]
     head = (
         f"prompt of {found['prompt_tokens']} tokens, {found['new_tokens']} new ones, on {found['device_name']}; "
-        f"KV cache of {keys}-bit keys and {values}-bit values"
+        f"KV cache of {keys}-bit keys and {values}-bit values{format_decay(found['kv_decay'])}"
     )
     return "\n".join([head, *(f"  {name:18}{text}" for name, text in rows)])
 

@@ -99,6 +99,13 @@ _CACHE_OPTIONS = (
         show_default=False,
         help='Layers whose cache stays uncompressed, e.g. "0,-1" (negative: from the last).',
     ),
+    click.option(
+        "--decay",
+        default="off",
+        metavar="AGE:BITS,...",
+        help="Let older tokens of the KV cache keep fewer bits: 4096:3,32768:2 leaves 3 beyond 4096 tokens and 2 "
+        "beyond 32768; off leaves all.",
+    ),
 )
 
 _MACHINE_OPTIONS = (

@@ -376,6 +376,19 @@ def test_bits_reach_the_cache(tiny: Path, bits: str) -> None:
     assert (sizes[1] > sizes[0]) == (bits == "16")
 
 
+def test_a_decaying_cache_holds_what_the_report_predicts(tiny: Path) -> None:
+    """The prompt is coded at once and ages at once; then tokens come one by one."""
+
+    def held(*more: str) -> tuple[int, int]:
+        options = ("--device", "cpu", "--measure", "--context", "480", "--json")
+        found = json.loads(tq_stream("memory-report", tiny, *options, *more).stdout)
+        row = next(row for row in found["rows"] if row["name"] == "KV cache")
+        return row["predicted_bytes"], row["measured_bytes"]
+
+    predicted, measured = held("--decay", "150:3,280:2")
+    assert predicted == measured < held()[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "expected"),
     [
@@ -704,6 +717,10 @@ def test_report_options_change_the_plan(headers_70b: Path) -> None:
     assert changed["kv"] < usual["kv"] < usual["uncompressed_kv_bytes"]
     assert (usual["kv_tokens"], usual["layers_resident"] > 0, changed["layers_resident"]) == (4096, True, 0)
     assert changed["prefill_chunk"] == 256
+    decayed = report("--decay", "1024:3,2048:2")
+    assert (usual["kv_decay"], decayed["kv_decay"]) == ("off", "1024:3,2048:2")
+    # 4096 tokens: 14 blocks stay, 16 lose a plane of K and V of 128 in 8 heads and 80 layers, 31 lose two
+    assert usual["kv"] - decayed["kv"] == (16 + 2 * 31) * 64 * 32 * 8 * 80
 
 
 def test_report_table_fits_100_columns(headers_70b: Path) -> None:
@@ -836,6 +853,13 @@ def test_the_budgets_of_the_readme(tmp_path: Path) -> None:
         ),
         (["--vram", "24GiB", "--resident", "81"], 2, r"Error: --resident 81 was asked for and the model has 80 layers"),
         (["--vram", "24GiB", "--protected-layers", "80"], 2, r"Error: protected layer 80 does not exist"),
+        (["--vram", "24GiB", "--decay", "8k"], 2, r"Error: '8k' is not a decay: write AGE:BITS"),
+        (["--vram", "24GiB", "--decay", "auto"], 2, r"Error: 'auto' is not a decay: write AGE:BITS"),
+        (
+            ["--vram", "24GiB", "--bits", "2", "--decay", "512:2"],
+            2,
+            r"Error: a decay to 2 bits takes nothing from this",
+        ),
         (["--device", "cpu", "--ram", "1MiB"], 1, r"Error: the run needs .* host memory, .*, and 1.0 MiB may be used"),
         (["--device", "cpu", "--measure", "--context", "1"], 2, r"Usage: .*--measure needs room for a prompt"),
     ],
@@ -863,6 +887,8 @@ def test_measured_stands_beside_predicted(tiny: Path) -> None:
     assert found["kv_tokens"] == 512
     assert kv["measured_bytes"] == pytest.approx(kv["predicted_bytes"], rel=0.02)
     assert found["peak_host_bytes"] == pytest.approx(psutil.Process().memory_info().rss, rel=0.5)
+    decayed = tq_stream("memory-report", tiny, "--device", "cpu", "--measure", "--decay", "200:2")
+    assert "at 4-bit keys and 4-bit values, 2 bits beyond 200 tokens; " in decayed.stdout
     result = tq_stream("memory-report", tiny, "--device", "cpu", "--measure", "--context", "64")
     assert "KV cache for 64 tokens" in result.stdout
     assert "measured peak of the process in host memory, mapped files included: " in result.stdout

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import streamer.plan
+import turboquant
 from make_checkpoint import SHAPES, write_checkpoint
 from streamer.architecture import Architecture, aligned, head_slices, read_architecture
 from streamer.checkpoint import Checkpoint
@@ -128,6 +129,36 @@ def test_cache_bytes_of_64_more_tokens(
     request = [Request(context=n, cache=cache) for n in (6400, 6464)]
     grown = cache_bytes(qwen_14b, request[1]) - cache_bytes(qwen_14b, request[0])
     assert grown == 48 * 8 * 64 * bytes_per_token_and_head
+
+
+@pytest.mark.parametrize(("context", "full", "of_3_bits"), [(4100, 62, 0), (12420, 62, 130), (65668, 62, 448)])
+def test_cache_bytes_with_decay(context: int, full: int, of_3_bits: int, qwen_14b: Architecture) -> None:
+    """A plane less of K and V of 128 is 32 bytes a token; 62 blocks are between the window and an age of 4096."""
+    cache = CacheSettings(4, decay="4096:3,32768:2")
+    blocks = (context - 4 - 128) // 64
+    given_up = of_3_bits + 2 * (blocks - full - of_3_bits)
+    plain, decayed = (cache_bytes(qwen_14b, Request(context=context, cache=own)) for own in (CacheSettings(4), cache))
+    assert plain - decayed == 48 * 8 * 64 * 32 * given_up
+
+
+def test_a_decay_that_cannot_be_is_refused_before_anything_is_planned(qwen_14b: Architecture) -> None:
+    for bits, decay, message in (
+        (4, "soon", "'soon' is not a decay"),
+        (4, "100:3", "age of 100 tokens, and the newest 128 are not coded"),
+        (3, "4096:3", "takes nothing from this cache: its codes have 3 bits"),
+    ):
+        with pytest.raises(turboquant.OptionError, match=message):
+            plan_of(qwen_14b, cache=CacheSettings(bits, decay=decay))
+
+
+def test_bits_that_would_leave_the_decay_nothing_are_not_named(qwen_14b: Architecture) -> None:
+    wanted: dict[str, Any] = {"vram_bytes": 7 * GIB // 2, "context": 32768}
+    with pytest.raises(DoesNotFitError, match="Try --bits 3 "):
+        plan_of(qwen_14b, **wanted, cache=CacheSettings(4, decay="16384:2"))
+    plan_of(qwen_14b, **wanted, cache=CacheSettings(3, decay="16384:2"))
+    with pytest.raises(DoesNotFitError, match="Try --context") as caught:
+        plan_of(qwen_14b, **wanted, cache=CacheSettings(4, decay="16384:3"))
+    assert "--bits" not in str(caught.value)
 
 
 def test_too_small_a_budget_names_every_term_and_a_context_that_fits(qwen_14b: Architecture) -> None:
