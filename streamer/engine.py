@@ -47,7 +47,8 @@ class StreamingEngine:
 
     Args:
         model: a folder, a hub id ("org/name") or a short name ("Qwen2.5-14B").
-        bits: width of the KV cache: 2, 3, 4, or 16 for uncompressed. key_bits, value_bits: override one side.
+        bits: width of the KV cache: 2, 2.5 (3-bit keys, 2-bit values), 3, 3.5, 4, or 16 for uncompressed.
+        key_bits, value_bits: override one side. layer_bits: other widths for some layers, as in "0-3:4,-1:4/3".
         protected_layers: layers whose cache stays uncompressed.
         decay: from which ages on tokens keep fewer bits of the cache, as in "4096:3,32768:2"; "off" = all keep theirs.
         vram: budget of the whole process on the device, e.g. "8GiB"; default: what is free.
@@ -70,9 +71,10 @@ class StreamingEngine:
         self,
         model: str | Path,
         *,
-        bits: int = 4,
+        bits: float = 4,
         key_bits: int | None = None,
         value_bits: int | None = None,
+        layer_bits: str = "",
         protected_layers: Sequence[int] = (),
         decay: str = NO_DECAY,
         vram: str | int | None = None,
@@ -97,7 +99,9 @@ class StreamingEngine:
         self._dtype = parse_dtype(str(dtype).removeprefix("torch."))
         self._context, self._prefill_chunk, self._resident = context, prefill_chunk, resident
         self._direct_io = direct_io
-        self._cache_settings = CacheSettings(bits, key_bits, value_bits, tuple(protected_layers), decay=decay)
+        self._cache_settings = CacheSettings(
+            bits, key_bits, value_bits, layer_bits, tuple(protected_layers), decay=decay
+        )
         resolved = resolve_model(str(model), offline=offline, on_line=self.stats.note)
         self.folder = resolved.folder
         self._checkpoint = Checkpoint.open(self.folder)
@@ -450,9 +454,10 @@ def plan_report(
     model: str | Path,
     *,
     vram: str | int,
-    bits: int = 4,
+    bits: float = 4,
     key_bits: int | None = None,
     value_bits: int | None = None,
+    layer_bits: str = "",
     protected_layers: Sequence[int] = (),
     decay: str = NO_DECAY,
     ram: str | int | None = None,
@@ -492,7 +497,7 @@ def plan_report(
         direct_io=direct_io,
         resident_layers=resident,
         prefill_chunk=prefill_chunk,
-        cache=CacheSettings(bits, key_bits, value_bits, tuple(protected_layers), decay=decay),
+        cache=CacheSettings(bits, key_bits, value_bits, layer_bits, tuple(protected_layers), decay=decay),
     )
     if request.context > limit:
         raise _context_error(request.context, limit)

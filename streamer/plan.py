@@ -1,5 +1,6 @@
 """Plan: every byte of a run and where it lives, computed from headers and budgets before anything is allocated."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -63,9 +64,10 @@ _CODING_TOKENS, _CODING_ARRAYS = 4096, 10
 class CacheSettings:
     """How the KV cache is kept; see turboquant.TurboQuantCache."""
 
-    bits: int = 16
+    bits: float = 16
     key_bits: int | None = None
     value_bits: int | None = None
+    layer_bits: str = ""
     protected_layers: tuple[int, ...] = ()
     window: int = 128
     sinks: int = 4
@@ -162,13 +164,7 @@ class Plan:
 def cache_bytes(architecture: Architecture, request: Request) -> int:
     """Bytes of the cache's tensors with room for request.context tokens of request.batch rows, key biases apart."""
     cache, item = request.cache, architecture.dtype.itemsize
-    precisions = layer_precisions(
-        architecture.num_layers,
-        bits=cache.bits,
-        key_bits=cache.key_bits,
-        value_bits=cache.value_bits,
-        protected_layers=cache.protected_layers,
-    )
+    precisions = _precisions(architecture, cache)
     steps = parse_decay(cache.decay)
     check_decay(steps, precisions)
     total = 0
@@ -193,6 +189,17 @@ def cache_bytes(architecture: Architecture, request: Request) -> int:
                 and max(shape.key_dim, shape.value_dim) <= MOST_DIM,
             )
     return total
+
+
+def _precisions(architecture: Architecture, cache: CacheSettings) -> tuple[Precision, ...]:
+    return layer_precisions(
+        architecture.num_layers,
+        bits=cache.bits,
+        key_bits=cache.key_bits,
+        value_bits=cache.value_bits,
+        layer_bits=cache.layer_bits,
+        protected_layers=cache.protected_layers,
+    )
 
 
 def make_plan(architecture: Architecture, request: Request, *, key_bias_bytes: int = 0) -> Plan:
@@ -536,8 +543,7 @@ def _activation_bytes(architecture: Architecture, request: Request, chunk: int) 
     # a layer's exact keys and values: a buffer for all chunks of the prompt, beside those of the chunk
     exact = batch * prompt * kv_width * item if prompt > chunk else 0
     coding = min(_CODING_TOKENS, request.context) * max(1, kv_width // 2) * 4 * _CODING_ARRAYS
-    widths = (request.cache.bits, request.cache.key_bits or 16, request.cache.value_bits or 16)
-    is_compressed = min(widths) < 16
+    is_compressed = any(own != Precision(16, 16) for own in _precisions(architecture, request.cache))
     # transformers' sliding layers keep a view of the whole last chunk until the next call
     sliding = sum(
         batch * shape.num_kv_heads * (shape.key_dim + shape.value_dim) * item * min(chunk, prompt)
@@ -634,7 +640,7 @@ def _smaller_cache(request: Request, budget_bytes: int, needs: Callable[[Request
         needs: bytes of a request.
     """
     options = []
-    for bits in range(min(request.cache.bits - 1, 4), request.cache.fewest_bits - 1, -1):
+    for bits in range(min(math.ceil(request.cache.bits) - 1, 4), request.cache.fewest_bits - 1, -1):
         needed_bytes = needs(replace(request, cache=replace(request.cache, bits=bits)))
         if needed_bytes <= budget_bytes:
             options.append(f"--bits {bits} (needs {format_size(needed_bytes)})")

@@ -18,9 +18,10 @@ from turboquant.hf import TurboQuantCache
 
 # What a setting may say, by the names of TurboQuantCache's arguments, and how its text is read.
 _OPTIONS: Mapping[str, Callable[[str], Any]] = MappingProxyType({
-    "bits": int,
+    "bits": lambda text: float(text) if "." in text else int(text),
     "key_bits": int,
     "value_bits": int,
+    "layer_bits": lambda text: text.replace("+", ","),
     "window": int,
     "sinks": int,
     "seed": int,
@@ -65,6 +66,7 @@ def _example(name: str) -> str:
     examples = {
         "rotation": "qr",
         "block_means": "off",
+        "layer_bits": "0-3:4+-1:4/3",
         "protected_layers": "0/-1",
         "skip_below": "1e-4",
         "decay": "512:3/1024:2",

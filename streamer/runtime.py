@@ -64,6 +64,7 @@ class CacheFactory:
             settings.bits,
             key_bits=settings.key_bits,
             value_bits=settings.value_bits,
+            layer_bits=settings.layer_bits,
             protected_layers=settings.protected_layers,
             window=settings.window,
             sinks=settings.sinks,

@@ -10,6 +10,9 @@ from turboquant.errors import OptionError
 UNCOMPRESSED_BITS = 16
 _ALLOWED_BITS = (2, 3, 4, UNCOMPRESSED_BITS)
 
+# Between two widths keys take the larger: their errors cost more (docs/math.md).
+_BETWEEN = {2.5: (3, 2), 3.5: (4, 3)}
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -41,6 +44,8 @@ class DecayStep:
     age_tokens: int
     bits: int
 
+
+_LAYER_BITS = re.compile(r"(-?\d+)(?:-(-?\d+))?:(2|3|4|16)(?:/(2|3|4|16))?", re.ASCII)
 
 NO_DECAY = "off"
 _DECAY_STEP = re.compile(r"(\d+):([23])", re.ASCII)
@@ -86,21 +91,39 @@ def check_decay(steps: Sequence[DecayStep], precisions: Iterable[Precision]) -> 
         )
 
 
+def usual_precision(bits: float, key_bits: int | None = None, value_bits: int | None = None) -> Precision:
+    """The precision of the layers for which nothing else is said.
+
+    Args:
+        bits: 2, 3, 4 or 16 (uncompressed) for keys and values alike; 2.5 is 3-bit keys and 2-bit values, 3.5 4-bit keys
+            and 3-bit values.
+        key_bits: 2, 3, 4 or 16 for keys alone; None takes bits. value_bits: the same for values.
+    Raises:
+        OptionError: another width.
+    Source: own.
+    """
+    if bits not in _BETWEEN:
+        _check_bits("bits", bits)
+    keys, values = _BETWEEN.get(bits) or (int(bits), int(bits))
+    return Precision(keys if key_bits is None else key_bits, values if value_bits is None else value_bits)
+
+
 def layer_precisions(
     num_layers: int,
     *,
-    bits: int,
+    bits: float,
     key_bits: int | None = None,
     value_bits: int | None = None,
+    layer_bits: str = "",
     protected_layers: Iterable[int] = (),
 ) -> tuple[Precision, ...]:
     """The precision of every layer of a model.
 
     Args:
         num_layers: layers of the model.
-        bits: 2, 3, 4 or 16 (uncompressed); for keys and values alike.
-        key_bits: the same choice for keys alone; None takes bits.
-        value_bits: the same choice for values alone; None takes bits.
+        bits, key_bits, value_bits: see usual_precision.
+        layer_bits: other widths for some layers, as in "0-3:4,-1:4/3": 4 bits for the first four, 4-bit keys and 3-bit
+            values for the last. Of two entries for one layer the later holds.
         protected_layers: layers that stay uncompressed; negative indices count from the last.
     Returns:
         One Precision per layer, first layer first.
@@ -110,19 +133,68 @@ def layer_precisions(
     """
     if num_layers < 0:
         raise OptionError(f"num_layers must not be negative, got {num_layers}")
-    _check_bits("bits", bits)
-    usual = Precision(bits if key_bits is None else key_bits, bits if value_bits is None else value_bits)
-    precisions = [usual] * num_layers
+    precisions = [usual_precision(bits, key_bits, value_bits)] * num_layers
+    for first, last, own in parse_layer_bits(layer_bits):
+        begin, end = _layer("layer", first, num_layers), _layer("layer", last, num_layers)
+        if end < begin:
+            raise OptionError(f"layers {first}-{last} of {num_layers} are none: give the lower one first")
+        precisions[begin : end + 1] = [own] * (end + 1 - begin)
     for index in protected_layers:
-        if not -num_layers <= index < num_layers:
-            raise OptionError(
-                f"protected layer {index} does not exist: the model has {num_layers} layers, "
-                f"so give {-num_layers} to {num_layers - 1}"
-            )
-        precisions[index] = Precision(UNCOMPRESSED_BITS, UNCOMPRESSED_BITS)
+        precisions[_layer("protected layer", index, num_layers)] = Precision(UNCOMPRESSED_BITS, UNCOMPRESSED_BITS)
     return tuple(precisions)
 
 
-def _check_bits(name: str, bits: int) -> None:
+def parse_layer_bits(text: str) -> tuple[tuple[int, int, Precision], ...]:
+    """The entries (first layer, last layer, precision) of a list such as "0-3:4,-1:4/3".
+
+    Args:
+        text: LAYER:BITS or FIRST-LAST:BITS with commas between; BITS is 2, 3, 4 or 16, or two of them as KEYS/VALUES;
+            negative layers count from the last. Empty text has no entries.
+    Raises:
+        OptionError: another text.
+    Source: own.
+    """
+    if not text:
+        return ()
+    found = [_LAYER_BITS.fullmatch(part.strip()) for part in text.split(",")]
+    if None in found:
+        raise OptionError(
+            f"{text!r} does not say bits of layers: write LAYER:BITS or FIRST-LAST:BITS with 2, 3, 4 or 16 bits, or "
+            "KEYS/VALUES, as in 0-3:4,-1:4/3"
+        )
+    return tuple(
+        (int(match[1]), int(match[2] or match[1]), Precision(int(match[3]), int(match[4] or match[3])))
+        for match in found
+        if match is not None
+    )
+
+
+def format_layer_bits(precisions: Sequence[Precision]) -> str:
+    """The text for `layer_bits` that gives these precisions, first layer first.
+
+    Source: own; parse_layer_bits undoes it.
+    """
+    entries, first = [], 0
+    for own, group in itertools.groupby(precisions):
+        last = first + len(list(group)) - 1
+        layers = str(first) if last == first else f"{first}-{last}"
+        bits = str(own.key_bits) if own.key_bits == own.value_bits else f"{own.key_bits}/{own.value_bits}"
+        entries.append(f"{layers}:{bits}")
+        first = last + 1
+    return ",".join(entries)
+
+
+def _layer(name: str, index: int, num_layers: int) -> int:
+    """A layer's number, counted from the first."""
+    if not -num_layers <= index < num_layers:
+        raise OptionError(
+            f"{name} {index} does not exist: the model has {num_layers} layers, so give {-num_layers} to "
+            f"{num_layers - 1}"
+        )
+    return index % num_layers
+
+
+def _check_bits(name: str, bits: float) -> None:
     if isinstance(bits, bool) or bits not in _ALLOWED_BITS:
-        raise OptionError(f"{name} must be 2, 3, 4 or 16, got {bits}")
+        between = " (or 2.5 or 3.5: keys one bit more than values)" if name == "bits" else ""
+        raise OptionError(f"{name} must be 2, 3, 4 or 16{between}, got {bits}")

@@ -188,6 +188,7 @@ def figures(**changes: Any) -> dict[str, Any]:
         "layers_resident": 0,
         "num_layers": 48,
         "kv_bits": (3, 3),
+        "kv_layer_bits": "",
         "kv_decay": "off",
         "limit_tokens_per_s": 2.0,
         "share_of_limit": 0.95,

@@ -131,6 +131,16 @@ def test_cache_bytes_of_64_more_tokens(
     assert grown == 48 * 8 * 64 * bytes_per_token_and_head
 
 
+def test_cache_bytes_of_layers_with_bits_of_their_own(qwen_14b: Architecture) -> None:
+    """A plane is 16 bytes a token of 128 coordinates: 2.5 bits leave out three of K and V, some layers one of V."""
+    four, other = (
+        cache_bytes(qwen_14b, Request(context=6404, cache=cache))
+        for cache in (CacheSettings(4), CacheSettings(2.5, layer_bits="0-9:4,-2--1:4/3"))
+    )
+    blocks = (6404 - 4 - 128) // 64
+    assert four - other == (36 * 3 + 2 * 1) * 8 * 64 * 16 * blocks
+
+
 @pytest.mark.parametrize(("context", "full", "of_3_bits"), [(4100, 62, 0), (12420, 62, 130), (65668, 62, 448)])
 def test_cache_bytes_with_decay(context: int, full: int, of_3_bits: int, qwen_14b: Architecture) -> None:
     """A plane less of K and V of 128 is 32 bytes a token; 62 blocks are between the window and an age of 4096."""

@@ -371,8 +371,11 @@ class TurboQuantCache(Cache):
 
     Args:
         model: a transformers decoder (key biases are then taken out exactly), or its config alone.
-        bits: bits of each key and value coordinate: 2, 3, 4, or 16 for none.
+        bits: bits of each key and value coordinate: 2, 3, 4, or 16 for none; 2.5 and 3.5 give keys one bit more than
+            values.
         key_bits, value_bits: override `bits` for one side.
+        layer_bits: other bits for some layers, as in "0-3:4,-1:4/3": 4 bits for the first four, 4-bit keys and 3-bit
+            values for the last.
         protected_layers: layers kept in the model's dtype; negative indices count from the end.
         window: newest tokens kept in the model's dtype (up to 63 more wait for a whole block).
         sinks: first tokens of each sequence kept in the model's dtype.
@@ -394,10 +397,11 @@ class TurboQuantCache(Cache):
     def __init__(
         self,
         model: nn.Module | PreTrainedConfig,
-        bits: int = 4,
+        bits: float = 4,
         *,
         key_bits: int | None = None,
         value_bits: int | None = None,
+        layer_bits: str = "",
         protected_layers: Iterable[int] = (),
         window: int = 128,
         sinks: int = 4,
@@ -430,6 +434,7 @@ class TurboQuantCache(Cache):
             bits=bits,
             key_bits=key_bits,
             value_bits=value_bits,
+            layer_bits=layer_bits,
             protected_layers=tuple(protected_layers),
         )
         steps = parse_decay(decay)
