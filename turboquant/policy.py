@@ -45,6 +45,9 @@ class DecayStep:
     bits: int
 
 
+# Relative squared error of codes with the unbiased scale, d / (1 - d) of the embedded code's d (docs/math.md).
+CODE_ERRORS = {2: 0.1368, 3: 0.0361, 4: 0.00959}
+
 _LAYER_BITS = re.compile(r"(-?\d+)(?:-(-?\d+))?:(2|3|4|16)(?:/(2|3|4|16))?", re.ASCII)
 
 NO_DECAY = "off"
@@ -182,6 +185,34 @@ def format_layer_bits(precisions: Sequence[Precision]) -> str:
         entries.append(f"{layers}:{bits}")
         first = last + 1
     return ",".join(entries)
+
+
+def assign_bits(sensitivities: Sequence[tuple[float, float]], average_bits: float) -> tuple[Precision, ...]:
+    """Bits for the keys and values of each layer, with the least expected harm at an average width.
+
+    A side's harm is taken to be proportional to the squared error of its code, and the harm of all sides to add up. A
+    further bit then takes less harm away than the one before, so giving bits one by one to the side where the next
+    takes most away is the best that whole bits can do (shown against all choices in the tests).
+
+    Args:
+        sensitivities: for each layer the harm (such as KL divergence) of its keys alone, and of its values alone, at 2
+            bits; not negative.
+        average_bits: 2 to 4, over keys and values of all layers; what does not fill another bit is left.
+    Raises:
+        OptionError: another average, or no layers.
+    Source: own; marginal allocation is Fox's (Operations Research, 1966).
+    """
+    if not 2 <= average_bits <= 4 or not sensitivities:
+        raise OptionError(f"2 to 4 bits can be assigned to layers, got {average_bits} for {len(sensitivities)} layers")
+    harms = [harm for layer in sensitivities for harm in layer]
+    bits = [2] * len(harms)
+
+    def taken_away(i: int) -> float:
+        return harms[i] * (CODE_ERRORS[bits[i]] - CODE_ERRORS[bits[i] + 1]) if bits[i] < 4 else -1.0
+
+    for _ in range(int((average_bits - 2) * len(harms) + 1e-9)):  # 2.3 - 2 must not lose a bit to rounding
+        bits[max(range(len(harms)), key=taken_away)] += 1
+    return tuple(Precision(*pair) for pair in zip(bits[::2], bits[1::2], strict=True))
 
 
 def _layer(name: str, index: int, num_layers: int) -> int:

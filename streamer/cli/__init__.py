@@ -4,6 +4,7 @@ Importing this imports neither torch nor transformers: the commands do when they
 """
 
 from streamer.cli.bench import bench
+from streamer.cli.calibrate import calibrate
 from streamer.cli.doctor import doctor
 from streamer.cli.evaluate import evaluate
 from streamer.cli.group import CommandGroup
@@ -24,5 +25,5 @@ main = CommandGroup(
       tq-stream eval Qwen2.5-14B --text book.txt
       tq-stream doctor
     """,
-    commands=[run, memory_report, bench, evaluate, doctor],
+    commands=[run, memory_report, bench, evaluate, calibrate, doctor],
 )

@@ -68,7 +68,7 @@ def evaluate(
             f"--window-tokens {context} or fewer"
         )
     refuse_gpu_options()
-    words = _read(text)[skip_characters:]
+    words = read_text(text)[skip_characters:]
     import_engine()
     from streamer.engine import StreamingEngine
     from streamer.quality import measure_quality, parse_setting, text_windows
@@ -101,7 +101,12 @@ def evaluate(
         click.echo(_described(found, window_tokens, dtype))
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file given by --text.
+
+    Raises:
+        OptionError: no file, or not UTF-8.
+    """
     if not path.is_file():
         raise OptionError(f"--text {path} is no file: give the path of a text in UTF-8")
     try:

@@ -1,11 +1,23 @@
 """Precisions of layers."""
 
+import itertools
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from turboquant.codebook import embedded_codebook
 from turboquant.errors import OptionError
-from turboquant.policy import Precision, format_layer_bits, layer_precisions, parse_layer_bits, usual_precision
+from turboquant.policy import (
+    CODE_ERRORS,
+    Precision,
+    assign_bits,
+    format_layer_bits,
+    layer_precisions,
+    parse_layer_bits,
+    usual_precision,
+)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 16])
@@ -95,3 +107,49 @@ def test_bits_for_layers_that_do_not_exist():
 def test_any_precisions_can_be_written_and_read(widths):
     wanted = tuple(Precision(*own) for own in widths)
     assert layer_precisions(len(wanted), bits=3, layer_bits=format_layer_bits(wanted)) == wanted
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_errors_of_codes_are_those_of_the_embedded_code(bits):
+    """Of N(0, 1), by a sum over its density; the unbiased scale makes d / (1 - d) of the plain error d."""
+    x = torch.linspace(-8, 8, 400_001, dtype=torch.float64)
+    density = torch.exp(-(x**2) / 2)
+    codebook = embedded_codebook(bits)
+    missed = (x - codebook.decode(codebook.encode(x.float())).double()) ** 2
+    plain = float((density * missed).sum() / density.sum())
+    assert plain / (1 - plain) == pytest.approx(CODE_ERRORS[bits], rel=2e-3)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=3),
+    st.integers(200, 400).map(lambda hundredths: hundredths / 100),
+)
+def test_assigned_bits_are_the_best_of_all_that_fit(sensitivities, average_bits):
+    def harm(precisions):
+        return sum(
+            h * CODE_ERRORS[bits]
+            for own, pair in zip(precisions, sensitivities, strict=True)
+            for h, bits in zip(pair, (own.key_bits, own.value_bits), strict=True)
+        )
+
+    sides = 2 * len(sensitivities)
+    fits = [c for c in itertools.product((2, 3, 4), repeat=sides) if sum(c) <= average_bits * sides + 1e-9]
+    choices = [[Precision(*pair) for pair in zip(c[::2], c[1::2], strict=True)] for c in fits]
+    assigned = assign_bits(sensitivities, average_bits)
+    assert list(assigned) in choices
+    assert harm(assigned) <= min(map(harm, choices)) + 1e-12
+
+
+def test_an_average_that_cannot_be_assigned():
+    for average in (1.9, 4.1, float("nan")):
+        with pytest.raises(OptionError, match="2 to 4 bits can be assigned to layers, got"):
+            assign_bits([(1.0, 1.0)], average)
+    with pytest.raises(OptionError, match="for 0 layers"):
+        assign_bits([], 3)
+    assert assign_bits([(1.0, 0.0)] * 5, 2.3) == (Precision(3, 2),) * 3 + (Precision(2, 2),) * 2
+
+
+def test_what_counts_is_what_a_bit_takes_away():
+    """A third bit takes 3.80 times as much as a fourth, while what is left of the errors differs by 3.79."""
+    assert assign_bits([(3.795, 1.0)], 3) == (Precision(3, 3),)
+    assert assign_bits([(3.805, 1.0)], 3) == (Precision(4, 2),)
