@@ -11,8 +11,17 @@ from streamer.errors import DoesNotFitError, OptionError
 from streamer.options import GIB, format_size
 from streamer.schedule import ring_extent
 from turboquant.hf import FLOAT32_SCORE_BYTES
+from turboquant.layout import BLOCK_TOKENS
 from turboquant.ops.devices import LEAST_DIM, MOST_DIM
-from turboquant.policy import NO_DECAY, Precision, check_decay, layer_precisions, parse_decay
+from turboquant.policy import (
+    AUTO_DECAY,
+    NO_DECAY,
+    UNCOMPRESSED_BITS,
+    Precision,
+    check_decay,
+    layer_precisions,
+    parse_decay,
+)
 from turboquant.store import StoreOptions, store_bytes
 
 # Ring over the streamed units of the largest layer. 1.2 keep the link busy while tokens are decoded one at a time, in a
@@ -205,6 +214,8 @@ def _precisions(architecture: Architecture, cache: CacheSettings) -> tuple[Preci
 def make_plan(architecture: Architecture, request: Request, *, key_bias_bytes: int = 0) -> Plan:
     """The plan of a run.
 
+    Where the cache's decay is "auto", the plan's request has the one that was chosen: "off" if all fits with it.
+
     Raises:
         DoesNotFitError: with every term, and the nearest setting that fits.
         OptionError: more resident layers than the model has, or a cache that cannot be as its settings say.
@@ -214,6 +225,8 @@ def make_plan(architecture: Architecture, request: Request, *, key_bias_bytes: i
             f"--resident {request.resident_layers} was asked for and the model has {architecture.num_layers} layers: "
             "give that many or fewer, or leave --resident out to keep as many as fit"
         )
+    if request.cache.decay == AUTO_DECAY:
+        return _plan_that_ages(architecture, request, key_bias_bytes)
     kv_bytes = cache_bytes(architecture, request) + key_bias_bytes
     if request.vram_bytes is None:
         plan = _host_plan(architecture, request, kv_bytes)
@@ -237,6 +250,38 @@ def make_plan(architecture: Architecture, request: Request, *, key_bias_bytes: i
     if best.bytes_at("host") > request.ram_bytes:
         raise _does_not_fit(best, "host", request.ram_bytes, _Remedy(f"--ram {_rounded_up(best.bytes_at('host'))}"))
     return best
+
+
+def _plan_that_ages(architecture: Architecture, request: Request, key_bias_bytes: int) -> Plan:
+    """The plan with the mildest decay that fits: late ages first, then early ones, then the same with a bit less."""
+    least = request.cache.window + BLOCK_TOKENS
+    ages = range(max(least, request.context // BLOCK_TOKENS * BLOCK_TOKENS), least - 1, -BLOCK_TOKENS)
+    precisions = _precisions(architecture, request.cache)
+    check_decay(parse_decay(f"{least}:2"), precisions)
+    most = max(bits for own in precisions for bits in (own.key_bits, own.value_bits) if bits != UNCOMPRESSED_BITS)
+    first = f"{least}:3," if most == 4 else ""
+    decays = [f"{age}:3" for age in ages if most == 4]
+    decays += [f"{first}{age}:2" for age in ages if age > least] + [f"{least}:2"]
+
+    def planned(decay: str) -> Plan:
+        wanted = replace(request, cache=replace(request.cache, decay=decay))
+        return make_plan(architecture, wanted, key_bias_bytes=key_bias_bytes)
+
+    try:
+        return planned(NO_DECAY)
+    except DoesNotFitError:
+        plan = planned(decays[-1])  # or an error with what would fit beside it
+    low, high = 0, len(decays) - 1
+    while low < high:
+        middle = (low + high) // 2
+        try:
+            plan = planned(decays[middle])
+            high = middle
+        except DoesNotFitError:
+            low = middle + 1
+    notes = list(plan.notes)
+    notes.append(f"the KV cache does not fit with all its bits: older tokens keep fewer (--decay {decays[high]})")
+    return replace(plan, notes=tuple(notes))
 
 
 def _chunks(context: int) -> list[int]:

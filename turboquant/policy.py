@@ -51,6 +51,7 @@ CODE_ERRORS = {2: 0.1368, 3: 0.0361, 4: 0.00959}
 _LAYER_BITS = re.compile(r"(-?\d+)(?:-(-?\d+))?:(2|3|4|16)(?:/(2|3|4|16))?", re.ASCII)
 
 NO_DECAY = "off"
+AUTO_DECAY = "auto"
 _DECAY_STEP = re.compile(r"(\d+):([23])", re.ASCII)
 
 
@@ -65,6 +66,10 @@ def parse_decay(text: str) -> tuple[DecayStep, ...]:
     """
     if text == NO_DECAY:
         return ()
+    if text == AUTO_DECAY:
+        raise OptionError(
+            "decay auto is for a plan, which knows how much memory there is: give ages, as in 4096:3,32768:2, or off"
+        )
     found = [_DECAY_STEP.fullmatch(part.strip()) for part in text.split(",")]
     if None in found:
         raise OptionError(

@@ -118,7 +118,7 @@ _CACHE_OPTIONS = (
         default="off",
         metavar="AGE:BITS,...",
         help="Let older tokens of the KV cache keep fewer bits: 4096:3,32768:2 leaves 3 beyond 4096 tokens and 2 "
-        "beyond 32768; off leaves all.",
+        "beyond 32768; off leaves all; auto lets no more tokens age than the budgets need.",
     ),
 )
 

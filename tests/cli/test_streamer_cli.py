@@ -385,8 +385,33 @@ def test_a_decaying_cache_holds_what_the_report_predicts(tiny: Path) -> None:
         row = next(row for row in found["rows"] if row["name"] == "KV cache")
         return row["predicted_bytes"], row["measured_bytes"]
 
+    assert held("--decay", "auto") == held(), "there is room"
     predicted, measured = held("--decay", "150:3,280:2", "--layer-bits", "1:3/2")
     assert predicted == measured < held("--layer-bits", "1:3/2")[1] < held()[1]
+
+
+def test_a_run_that_would_not_fit_ages_and_says_so(tiny: Path) -> None:
+    """A byte less than all bits need; the plan for more context than the call needs is no reason to age."""
+    ids = list(range(1, 101)) * 4
+    notes: list[str] = []
+    needed = {}
+    for planned in (480, 512):  # 512 is what the model was made for
+        with StreamingEngine(tiny, device="cpu", dtype="float32", context=planned, on_note=notes.append) as engine:
+            needed[planned] = sum(row.predicted_bytes for row in engine.memory_report().rows if row.where == "host")
+    for ram, context in ((needed[480] - 1, 480), (needed[512] - 1, None), (needed[480], 480)):
+        notes.clear()
+        options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "decay": "auto", "ram": ram}
+        with StreamingEngine(tiny, context=context, on_note=notes.append, **options) as engine:
+            engine.generate_ids(ids, max_new_tokens=3)
+            assert engine.plan is not None
+            decay = engine.plan.request.cache.decay
+            (kv,) = (row for row in engine.memory_report().rows if row.name == "KV cache")
+        assert kv.measured_bytes == kv.predicted_bytes
+        aged = [note for note in notes if "older tokens keep fewer" in note]
+        if ram < needed[480]:
+            assert aged == [f"the KV cache does not fit with all its bits: older tokens keep fewer (--decay {decay})"]
+        else:
+            assert (decay, aged) == ("off", [])
 
 
 @pytest.mark.parametrize(
@@ -860,7 +885,6 @@ def test_the_budgets_of_the_readme(tmp_path: Path) -> None:
         (["--vram", "24GiB", "--layer-bits", "80:3"], 2, r"Error: layer 80 does not exist: the model has 80 layers"),
         (["--vram", "24GiB", "--layer-bits", "3"], 2, r"Error: '3' does not say bits of layers: write LAYER:BITS"),
         (["--vram", "24GiB", "--decay", "8k"], 2, r"Error: '8k' is not a decay: write AGE:BITS"),
-        (["--vram", "24GiB", "--decay", "auto"], 2, r"Error: 'auto' is not a decay: write AGE:BITS"),
         (
             ["--vram", "24GiB", "--bits", "2", "--decay", "512:2"],
             2,

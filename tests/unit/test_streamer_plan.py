@@ -161,6 +161,57 @@ def test_a_decay_that_cannot_be_is_refused_before_anything_is_planned(qwen_14b: 
             plan_of(qwen_14b, cache=CacheSettings(bits, decay=decay))
 
 
+@pytest.mark.parametrize(
+    ("vram_bytes", "bits", "pattern"),
+    [
+        (5 * GIB, 4, "off"),
+        (4000 << 20, 4, r"(\d+):3"),
+        (3500 << 20, 4, r"192:3,(\d+):2"),
+        (3500 << 20, 3, r"(\d+):2"),
+    ],
+)
+def test_auto_ages_no_more_than_the_budget_needs(
+    vram_bytes: int, bits: int, pattern: str, qwen_14b: Architecture
+) -> None:
+    wanted: dict[str, Any] = {"vram_bytes": vram_bytes, "context": 32768}
+    plan = plan_of(qwen_14b, **wanted, cache=CacheSettings(bits, decay="auto"))
+    decay = plan.request.cache.decay
+    found = re.fullmatch(pattern, decay)
+    assert found is not None, decay
+    assert plan.device_bytes <= vram_bytes
+    notes = [note for note in plan.notes if "KV cache" in note]
+    if decay == "off":
+        assert notes == []
+        return
+    assert notes == [f"the KV cache does not fit with all its bits: older tokens keep fewer (--decay {decay})"]
+    assert plan == replace(plan_of(qwen_14b, **wanted, cache=CacheSettings(bits, decay=decay)), notes=plan.notes)
+    milder = decay.replace(f"{found[1]}:", f"{int(found[1]) + 64}:")
+    with pytest.raises(DoesNotFitError):
+        plan_of(qwen_14b, **wanted, cache=CacheSettings(bits, decay=milder))
+
+
+def test_auto_ages_block_by_block(qwen_14b: Architecture) -> None:
+    """On the CPU all that is short must come from the cache: each block gives a plane of K and V of 128 in 8 heads."""
+    request = Request(context=32768, ram_bytes=1 << 50, cache=CacheSettings(4))
+    needed = make_plan(qwen_14b, request).bytes_at("host")
+    block = 48 * 8 * 64 * 32
+    for blocks in (1, 2, 3, 4, 7, 50, 507, 508):
+        cache = CacheSettings(4, decay="auto")
+        plan = make_plan(qwen_14b, replace(request, ram_bytes=needed - block * (blocks - 1) - 1, cache=cache))
+        # 509 blocks, the first of which is behind the window and 508 others
+        assert plan.request.cache.decay == f"{128 + 64 * (509 - blocks)}:3"
+        assert plan.bytes_at("host") == needed - block * blocks
+    plan = make_plan(qwen_14b, replace(request, ram_bytes=needed - block * 508 - 1, cache=cache))
+    assert plan.request.cache.decay == f"192:3,{128 + 64 * 508}:2"
+
+
+def test_auto_refuses_what_no_ageing_makes_fit(qwen_14b: Architecture) -> None:
+    with pytest.raises(DoesNotFitError, match="Try --context"):
+        plan_of(qwen_14b, vram_bytes=3 * GIB, context=32768, cache=CacheSettings(3, decay="auto"))
+    with pytest.raises(turboquant.OptionError, match="takes nothing from this cache: its codes have 2 bits"):
+        plan_of(qwen_14b, context=32768, cache=CacheSettings(2, decay="auto"))
+
+
 def test_bits_that_would_leave_the_decay_nothing_are_not_named(qwen_14b: Architecture) -> None:
     wanted: dict[str, Any] = {"vram_bytes": 7 * GIB // 2, "context": 32768}
     with pytest.raises(DoesNotFitError, match="Try --bits 3 "):

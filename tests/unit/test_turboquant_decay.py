@@ -65,6 +65,11 @@ def test_another_text_is_refused(text: str) -> None:
         parse_decay(text)
 
 
+def test_a_cache_alone_knows_no_budget() -> None:
+    with pytest.raises(OptionError, match="decay auto is for a plan, .*: give ages"):
+        parse_decay("auto")
+
+
 @pytest.mark.parametrize("text", ["4096:2,32768:3", "4096:3,4096:2", "4096:3,512:2", "4096:3,32768:3"])
 def test_steps_out_of_order_are_refused(text: str) -> None:
     with pytest.raises(OptionError, match="rising ages with falling bits"):
