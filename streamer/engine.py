@@ -4,6 +4,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +32,7 @@ from streamer.runtime import Runtime, build_runtime, measured_context_bytes
 from streamer.stats import RunStats
 from streamer.text import TextPieces
 from streamer.weights import current_device
+from turboquant.policy import AUTO_DECAY, NO_DECAY
 
 logger = logging.getLogger("streamer")
 
@@ -46,8 +48,11 @@ class StreamingEngine:
 
     Args:
         model: a folder, a hub id ("org/name") or a short name ("Qwen2.5-14B").
-        bits: width of the KV cache: 2, 3, 4, or 16 for uncompressed. key_bits, value_bits: override one side.
+        bits: width of the KV cache: 2, 2.5 (3-bit keys, 2-bit values), 3, 3.5, 4, or 16 for uncompressed.
+        key_bits, value_bits: override one side. layer_bits: other widths for some layers, as in "0-3:4,-1:4/3".
         protected_layers: layers whose cache stays uncompressed.
+        decay: from which ages on tokens keep fewer bits of the cache, as in "4096:3,32768:2"; "off" = all keep theirs,
+            "auto" = as few tokens as possible age, and only where the cache would not fit otherwise.
         vram: budget of the whole process on the device, e.g. "8GiB"; default: what is free.
         ram: budget of the process's host memory, e.g. "32GiB", pages of files apart (the system takes those back), and
             on the CPU what Python and its libraries take; default: 90 % of what is free, no limit on the CPU.
@@ -68,10 +73,12 @@ class StreamingEngine:
         self,
         model: str | Path,
         *,
-        bits: int = 4,
+        bits: float = 4,
         key_bits: int | None = None,
         value_bits: int | None = None,
+        layer_bits: str = "",
         protected_layers: Sequence[int] = (),
+        decay: str = NO_DECAY,
         vram: str | int | None = None,
         ram: str | int | None = None,
         device: str | None = None,
@@ -94,7 +101,9 @@ class StreamingEngine:
         self._dtype = parse_dtype(str(dtype).removeprefix("torch."))
         self._context, self._prefill_chunk, self._resident = context, prefill_chunk, resident
         self._direct_io = direct_io
-        self._cache_settings = CacheSettings(bits, key_bits, value_bits, tuple(protected_layers))
+        self._cache_settings = CacheSettings(
+            bits, key_bits, value_bits, layer_bits, tuple(protected_layers), decay=decay
+        )
         resolved = resolve_model(str(model), offline=offline, on_line=self.stats.note)
         self.folder = resolved.folder
         self._checkpoint = Checkpoint.open(self.folder)
@@ -365,8 +374,11 @@ class StreamingEngine:
     def _plan(self, architecture: Architecture, context: int, batch: int, key_bias_bytes: int) -> Plan:
         """A plan with room to spare for the next, longer prompt, or for just this one if no more fits."""
         roomy = max(context, min(self.max_context, DEFAULT_CONTEXT))
+        request = self._request(roomy, batch)
+        if request.cache.decay == AUTO_DECAY and request.context > context and self._context is None:
+            request = replace(request, cache=replace(request.cache, decay=NO_DECAY))  # nothing ages for room to spare
         try:
-            return make_plan(architecture, self._request(roomy, batch), key_bias_bytes=key_bias_bytes)
+            return make_plan(architecture, request, key_bias_bytes=key_bias_bytes)
         except DoesNotFitError:
             if roomy == context or self._context is not None:
                 raise
@@ -447,10 +459,12 @@ def plan_report(
     model: str | Path,
     *,
     vram: str | int,
-    bits: int = 4,
+    bits: float = 4,
     key_bits: int | None = None,
     value_bits: int | None = None,
+    layer_bits: str = "",
     protected_layers: Sequence[int] = (),
+    decay: str = NO_DECAY,
     ram: str | int | None = None,
     dtype: str = "auto",
     context: int | None = None,
@@ -488,7 +502,7 @@ def plan_report(
         direct_io=direct_io,
         resident_layers=resident,
         prefill_chunk=prefill_chunk,
-        cache=CacheSettings(bits, key_bits, value_bits, tuple(protected_layers)),
+        cache=CacheSettings(bits, key_bits, value_bits, layer_bits, tuple(protected_layers), decay=decay),
     )
     if request.context > limit:
         raise _context_error(request.context, limit)

@@ -5,6 +5,7 @@ queues the kernels of every layer. The three run at the same time, so the slowes
 takes beside them (output matrix, sampling, the device's own work) is not modelled, so a prediction is a limit.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -257,8 +258,9 @@ def _changes(
         size = min(wanted, host_bytes // GIB) if host_bytes is not None else wanted
         yield f"--ram {size}GiB", replace(request, ram_bytes=size * GIB)
     cache = request.cache
-    if 2 < cache.bits < 16:
-        yield f"--bits {cache.bits - 1}", replace(request, cache=replace(cache, bits=cache.bits - 1))
+    if cache.fewest_bits < cache.bits < 16:
+        bits = math.ceil(cache.bits) - 1
+        yield f"--bits {bits}", replace(request, cache=replace(cache, bits=bits))
     if needed_tokens is not None and (rounded := -(-needed_tokens // 256) * 256) < request.context:
         yield f"--context {rounded}", replace(request, context=rounded)
 

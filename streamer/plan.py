@@ -1,5 +1,6 @@
 """Plan: every byte of a run and where it lives, computed from headers and budgets before anything is allocated."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -10,8 +11,17 @@ from streamer.errors import DoesNotFitError, OptionError
 from streamer.options import GIB, format_size
 from streamer.schedule import ring_extent
 from turboquant.hf import FLOAT32_SCORE_BYTES
+from turboquant.layout import BLOCK_TOKENS
 from turboquant.ops.devices import LEAST_DIM, MOST_DIM
-from turboquant.policy import Precision, layer_precisions
+from turboquant.policy import (
+    AUTO_DECAY,
+    NO_DECAY,
+    UNCOMPRESSED_BITS,
+    Precision,
+    check_decay,
+    layer_precisions,
+    parse_decay,
+)
 from turboquant.store import StoreOptions, store_bytes
 
 # Ring over the streamed units of the largest layer. 1.2 keep the link busy while tokens are decoded one at a time, in a
@@ -63,12 +73,20 @@ _CODING_TOKENS, _CODING_ARRAYS = 4096, 10
 class CacheSettings:
     """How the KV cache is kept; see turboquant.TurboQuantCache."""
 
-    bits: int = 16
+    bits: float = 16
     key_bits: int | None = None
     value_bits: int | None = None
+    layer_bits: str = ""
     protected_layers: tuple[int, ...] = ()
     window: int = 128
     sinks: int = 4
+    decay: str = NO_DECAY
+
+    @property
+    def fewest_bits(self) -> int:
+        """The least `bits` of which the decay can still take some."""
+        steps = parse_decay(self.decay)
+        return steps[-1].bits + 1 if steps else 2
 
 
 @dataclass(frozen=True)
@@ -155,13 +173,9 @@ class Plan:
 def cache_bytes(architecture: Architecture, request: Request) -> int:
     """Bytes of the cache's tensors with room for request.context tokens of request.batch rows, key biases apart."""
     cache, item = request.cache, architecture.dtype.itemsize
-    precisions = layer_precisions(
-        architecture.num_layers,
-        bits=cache.bits,
-        key_bits=cache.key_bits,
-        value_bits=cache.value_bits,
-        protected_layers=cache.protected_layers,
-    )
+    precisions = _precisions(architecture, cache)
+    steps = parse_decay(cache.decay)
+    check_decay(steps, precisions)
     total = 0
     for (shape, window), precision in zip(architecture.cache_layers, precisions, strict=True):
         width = shape.num_kv_heads * (shape.key_dim + shape.value_dim) * item
@@ -170,7 +184,7 @@ def cache_bytes(architecture: Architecture, request: Request) -> int:
         elif precision == Precision(16, 16):
             total += request.batch * width * request.context
         else:
-            options = StoreOptions(precision, cache.window, cache.sinks, capacity_tokens=request.context)
+            options = StoreOptions(precision, cache.window, cache.sinks, capacity_tokens=request.context, decay=steps)
             total += store_bytes(
                 request.context,
                 request.batch,
@@ -186,18 +200,33 @@ def cache_bytes(architecture: Architecture, request: Request) -> int:
     return total
 
 
+def _precisions(architecture: Architecture, cache: CacheSettings) -> tuple[Precision, ...]:
+    return layer_precisions(
+        architecture.num_layers,
+        bits=cache.bits,
+        key_bits=cache.key_bits,
+        value_bits=cache.value_bits,
+        layer_bits=cache.layer_bits,
+        protected_layers=cache.protected_layers,
+    )
+
+
 def make_plan(architecture: Architecture, request: Request, *, key_bias_bytes: int = 0) -> Plan:
     """The plan of a run.
 
+    Where the cache's decay is "auto", the plan's request has the one that was chosen: "off" if all fits with it.
+
     Raises:
         DoesNotFitError: with every term, and the nearest setting that fits.
-        OptionError: more resident layers than the model has.
+        OptionError: more resident layers than the model has, or a cache that cannot be as its settings say.
     """
     if request.resident_layers is not None and request.resident_layers > architecture.num_layers:
         raise OptionError(
             f"--resident {request.resident_layers} was asked for and the model has {architecture.num_layers} layers: "
             "give that many or fewer, or leave --resident out to keep as many as fit"
         )
+    if request.cache.decay == AUTO_DECAY:
+        return _plan_that_ages(architecture, request, key_bias_bytes)
     kv_bytes = cache_bytes(architecture, request) + key_bias_bytes
     if request.vram_bytes is None:
         plan = _host_plan(architecture, request, kv_bytes)
@@ -221,6 +250,38 @@ def make_plan(architecture: Architecture, request: Request, *, key_bias_bytes: i
     if best.bytes_at("host") > request.ram_bytes:
         raise _does_not_fit(best, "host", request.ram_bytes, _Remedy(f"--ram {_rounded_up(best.bytes_at('host'))}"))
     return best
+
+
+def _plan_that_ages(architecture: Architecture, request: Request, key_bias_bytes: int) -> Plan:
+    """The plan with the mildest decay that fits: late ages first, then early ones, then the same with a bit less."""
+    least = request.cache.window + BLOCK_TOKENS
+    ages = range(max(least, request.context // BLOCK_TOKENS * BLOCK_TOKENS), least - 1, -BLOCK_TOKENS)
+    precisions = _precisions(architecture, request.cache)
+    check_decay(parse_decay(f"{least}:2"), precisions)
+    most = max(bits for own in precisions for bits in (own.key_bits, own.value_bits) if bits != UNCOMPRESSED_BITS)
+    first = f"{least}:3," if most == 4 else ""
+    decays = [f"{age}:3" for age in ages if most == 4]
+    decays += [f"{first}{age}:2" for age in ages if age > least] + [f"{least}:2"]
+
+    def planned(decay: str) -> Plan:
+        wanted = replace(request, cache=replace(request.cache, decay=decay))
+        return make_plan(architecture, wanted, key_bias_bytes=key_bias_bytes)
+
+    try:
+        return planned(NO_DECAY)
+    except DoesNotFitError:
+        plan = planned(decays[-1])  # or an error with what would fit beside it
+    low, high = 0, len(decays) - 1
+    while low < high:
+        middle = (low + high) // 2
+        try:
+            plan = planned(decays[middle])
+            high = middle
+        except DoesNotFitError:
+            low = middle + 1
+    notes = list(plan.notes)
+    notes.append(f"the KV cache does not fit with all its bits: older tokens keep fewer (--decay {decays[high]})")
+    return replace(plan, notes=tuple(notes))
 
 
 def _chunks(context: int) -> list[int]:
@@ -527,8 +588,7 @@ def _activation_bytes(architecture: Architecture, request: Request, chunk: int) 
     # a layer's exact keys and values: a buffer for all chunks of the prompt, beside those of the chunk
     exact = batch * prompt * kv_width * item if prompt > chunk else 0
     coding = min(_CODING_TOKENS, request.context) * max(1, kv_width // 2) * 4 * _CODING_ARRAYS
-    widths = (request.cache.bits, request.cache.key_bits or 16, request.cache.value_bits or 16)
-    is_compressed = min(widths) < 16
+    is_compressed = any(own != Precision(16, 16) for own in _precisions(architecture, request.cache))
     # transformers' sliding layers keep a view of the whole last chunk until the next call
     sliding = sum(
         batch * shape.num_kv_heads * (shape.key_dim + shape.value_dim) * item * min(chunk, prompt)
@@ -625,7 +685,7 @@ def _smaller_cache(request: Request, budget_bytes: int, needs: Callable[[Request
         needs: bytes of a request.
     """
     options = []
-    for bits in range(min(request.cache.bits - 1, 4), 1, -1):
+    for bits in range(min(math.ceil(request.cache.bits) - 1, 4), request.cache.fewest_bits - 1, -1):
         needed_bytes = needs(replace(request, cache=replace(request.cache, bits=bits)))
         if needed_bytes <= budget_bytes:
             options.append(f"--bits {bits} (needs {format_size(needed_bytes)})")

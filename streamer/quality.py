@@ -18,9 +18,10 @@ from turboquant.hf import TurboQuantCache
 
 # What a setting may say, by the names of TurboQuantCache's arguments, and how its text is read.
 _OPTIONS: Mapping[str, Callable[[str], Any]] = MappingProxyType({
-    "bits": int,
+    "bits": lambda text: float(text) if "." in text else int(text),
     "key_bits": int,
     "value_bits": int,
+    "layer_bits": lambda text: text.replace("+", ","),
     "window": int,
     "sinks": int,
     "seed": int,
@@ -28,7 +29,13 @@ _OPTIONS: Mapping[str, Callable[[str], Any]] = MappingProxyType({
     "block_means": lambda text: {"on": True, "off": False}[text],
     "protected_layers": lambda text: tuple(int(part) for part in text.split("/")),
     "skip_below": float,
+    "decay": lambda text: text.replace("/", ","),
 })
+
+
+# Settings of a calibration whose caches, nearly uncompressed, are held at a time.
+_SETTINGS_AT_ONCE = 4
+CALIBRATION_CACHES = _SETTINGS_AT_ONCE + 1
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,14 @@ def parse_setting(text: str) -> CacheSetting:
 
 
 def _example(name: str) -> str:
-    examples = {"rotation": "qr", "block_means": "off", "protected_layers": "0/-1", "skip_below": "1e-4"}
+    examples = {
+        "rotation": "qr",
+        "block_means": "off",
+        "layer_bits": "0-3:4+-1:4/3",
+        "protected_layers": "0/-1",
+        "skip_below": "1e-4",
+        "decay": "512:3/1024:2",
+    }
     return f"{name}={examples.get(name, '3')}"
 
 
@@ -199,6 +213,37 @@ def measure_quality(
         layers: list[Any] = reference.layers
         uncompressed = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
     return [tally.quality(setting.name, tokens, uncompressed) for setting, tally in zip(settings, tallies, strict=True)]
+
+
+def measure_sensitivities(
+    model: Any,
+    windows: torch.Tensor,
+    layers: Sequence[int],
+    *,
+    prefill: int = 64,
+    step: int = 64,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[tuple[float, float]]:
+    """What 2-bit keys, and 2-bit values, of one layer alone cost a model's answers: see `assign_bits`.
+
+    Args:
+        model, windows, prefill, step: see measure_quality. layers: to measure.
+        on_progress: called with sides measured and sides in all.
+    Returns:
+        for each layer the mean KL divergence with 2-bit keys, and with 2-bit values, all else uncompressed.
+    Raises:
+        OptionError, UnsupportedModelError: see measure_quality.
+    Source: own.
+    """
+    found: list[float] = []
+    # a window that leaves most of a short text to the codes
+    names = [f"bits=16,window=16,layer_bits={layer}:{bits}" for layer in layers for bits in ("2/16", "16/2")]
+    for first in range(0, len(names), _SETTINGS_AT_ONCE):
+        settings = [parse_setting(name) for name in names[first : first + _SETTINGS_AT_ONCE]]
+        found += [q.kl_mean for q in measure_quality(model, windows, settings, prefill=prefill, step=step)]
+        if on_progress is not None:
+            on_progress(len(found), len(names))
+    return list(zip(found[::2], found[1::2], strict=True))
 
 
 def _calls(tokens: int, prefill: int, step: int) -> list[tuple[int, int]]:

@@ -1,5 +1,6 @@
 """MemoryReport: the plan and what was measured, side by side, and how fast that can be, as tables and as JSON."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from streamer.forecast import BudgetRow, Forecast, Lever, Machine, budget_rows, 
 from streamer.options import GB, GIB, format_size
 from streamer.plan import CacheSettings, Plan, cache_bytes
 from turboquant.hf import TurboQuantCache
+from turboquant.policy import parse_decay, usual_precision
 
 _PLACES = {"device": "GPU", "host": "host memory", "file": "files (page cache)"}
 
@@ -34,6 +36,8 @@ class MemoryReport:
     Attributes:
         rows: parts. device_peak: predicted and measured peak of the process on the device, None without one.
         kv_tokens: tokens that the KV row is for. kv_bits, uncompressed_kv_bytes: its width and 16-bit size.
+        kv_layer_bits: of layers with another width, as it was asked for, such as "0-3:4,-1:4/3", or empty.
+        kv_decay: as it was asked for, such as "4096:3,32768:2", or "off".
         layers_resident, num_layers, streamed_bytes: what stays on the device and what crosses the link per pass.
         staged_bytes: of these, read from the files again in every pass.
         link_bytes_per_s: rate of the link that the rest is for; None without one, and on the CPU.
@@ -48,6 +52,8 @@ class MemoryReport:
     device_peak: MemoryRow | None
     kv_tokens: int
     kv_bits: tuple[int, int]
+    kv_layer_bits: str
+    kv_decay: str
     uncompressed_kv_bytes: int
     layers_resident: int
     num_layers: int
@@ -98,9 +104,10 @@ class MemoryReport:
     def _sentences(self) -> str:
         kv = next(row for row in self.rows if row.name == "KV cache")
         size = kv.predicted_bytes if kv.measured_bytes is None else kv.measured_bytes
+        bits = format_kv_bits(self.kv_bits, self.kv_layer_bits, self.kv_decay)
         lines = [
-            f"KV cache for {self.kv_tokens} tokens: {format_size(size)} at {self.kv_bits[0]}-bit keys and "
-            f"{self.kv_bits[1]}-bit values; {format_size(self.uncompressed_kv_bytes)} uncompressed"
+            f"KV cache for {self.kv_tokens} tokens: {format_size(size)} at {bits}; "
+            f"{format_size(self.uncompressed_kv_bytes)} uncompressed"
         ]
         if self.device_peak is not None:
             lines.append(
@@ -160,6 +167,13 @@ class MemoryReport:
         return format_rate(row.tokens_per_s) + (" if the files keep up" if is_open else "")
 
 
+def format_kv_bits(kv_bits: Sequence[int], layer_bits: str, decay: str) -> str:
+    """The widths of a cache in words: "4-bit keys and 4-bit values, layers 0-3:3, 2 bits beyond 4096 tokens"."""
+    layers = [f"layers {layer_bits}"] if layer_bits else []
+    older = [f"{step.bits} bits beyond {step.age_tokens} tokens" for step in parse_decay(decay)]
+    return ", ".join([f"{kv_bits[0]}-bit keys and {kv_bits[1]}-bit values", *layers, *older])
+
+
 def build_report(
     architecture: Architecture,
     plan: Plan,
@@ -192,6 +206,7 @@ def build_report(
         else MemoryRow(term.name, term.where, term.nbytes, None)
         for term in plan.terms
     )
+    usual = usual_precision(settings.bits, settings.key_bits, settings.value_bits)
     dense = replace(request, context=kv_tokens, cache=CacheSettings(bits=16))
     peak = None
     if request.vram_bytes is not None:
@@ -206,7 +221,9 @@ def build_report(
         rows=rows,
         device_peak=peak,
         kv_tokens=kv_tokens,
-        kv_bits=(settings.key_bits or settings.bits, settings.value_bits or settings.bits),
+        kv_bits=(usual.key_bits, usual.value_bits),
+        kv_layer_bits=settings.layer_bits,
+        kv_decay=settings.decay,
         uncompressed_kv_bytes=cache_bytes(architecture, dense),
         layers_resident=plan.layers_resident,
         num_layers=architecture.num_layers,

@@ -64,9 +64,11 @@ class CacheFactory:
             settings.bits,
             key_bits=settings.key_bits,
             value_bits=settings.value_bits,
+            layer_bits=settings.layer_bits,
             protected_layers=settings.protected_layers,
             window=settings.window,
             sinks=settings.sinks,
+            decay=settings.decay,
             capacity_tokens=self.capacity_tokens,
             key_biases=self._key_biases,
         )

@@ -37,8 +37,11 @@ class RecordPool:
 
     @property
     def is_mixed(self) -> bool:
-        """Whether there are slabs of more than one layout."""
-        return len(set(self._layouts)) > 1
+        """Whether records of another layout than that of new blocks are in use."""
+        free = {layout: len(ids) for layout, ids in self._free.items()}
+        for layout, records in self.held():
+            free[layout] -= records
+        return any(count < 0 for layout, count in free.items() if layout != self.layout)
 
     @property
     def free(self) -> list[int]:

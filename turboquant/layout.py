@@ -83,6 +83,11 @@ class BlockLayout:
         """The same with other widths."""
         return BlockLayout(self.heads, replace(self.key, bits=key_bits), replace(self.value, bits=value_bits))
 
+    def at_most(self, key_bits: int, value_bits: int) -> "BlockLayout":
+        """The same with no more bits than these; uncompressed sides stay."""
+        wanted = ((self.key, key_bits), (self.value, value_bits))
+        return self.with_bits(*(side.bits if side.bits == 16 else min(side.bits, bits) for side, bits in wanted))
+
     def side(self, index: int) -> tuple[SideLayout, int]:
         """Keys (0) or values (1), and where they begin within a head."""
         return (self.value, self.key.nbytes) if index else (self.key, 0)

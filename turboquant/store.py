@@ -11,13 +11,14 @@ rotated and rounded once, when it is appended: codes do not depend on how the to
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from turboquant.blocks import RecordPool, Side, read_records, rotation_bytes, side_layout, write_records
+from turboquant.decay import DecaySchedule
 from turboquant.device_tokens import DeviceTokens, device_tokens_bytes
 from turboquant.errors import OptionError, ShapeError, StateError
 from turboquant.key_bias import KeyBias
@@ -28,7 +29,7 @@ from turboquant.ops.attend import Segment, attend, attend_packed
 from turboquant.ops.devices import is_capturing, kernels_serve
 from turboquant.ops.encode import encode_records
 from turboquant.ops.unpack import unpack_records
-from turboquant.policy import Precision
+from turboquant.policy import DecayStep, Precision
 from turboquant.rotation import make_rotation
 
 # Blocks decoded or coded at a time: bounds the float32 scratch of one call (4096 tokens) whatever the context.
@@ -52,6 +53,7 @@ class StoreOptions:
         capacity_tokens: allocate the blocks for that many tokens a row at once, or None to grow in slabs.
         skip_below: kernels may leave out values of so small a weight, see `ops.attend.attend_packed`; 0 = none. Plain
             PyTorch leaves nothing out.
+        decay: from which ages on blocks keep fewer bits, see `parse_decay`; sinks and window stay as they are.
     """
 
     precision: Precision
@@ -62,6 +64,7 @@ class StoreOptions:
     block_means: bool = True
     capacity_tokens: int | None = None
     skip_below: float = 0.0
+    decay: tuple[DecayStep, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.skip_below < 1:
@@ -72,6 +75,7 @@ class StoreOptions:
         if self.capacity_tokens is not None and self.capacity_tokens < 0:
             raise OptionError(f"capacity_tokens must be at least 0, or None to grow; got {self.capacity_tokens}")
         make_rotation(self.rotation, BLOCK_TOKENS, self.seed)  # refuses an unknown kind now, not at the first token
+        DecaySchedule(self.decay, self.window)
 
 
 @dataclass
@@ -95,6 +99,7 @@ class CompressedKV:
 
     def __init__(self, options: StoreOptions, *, key_bias: KeyBias | None = None):
         self.options, self.key_bias = options, key_bias
+        self._decay = DecaySchedule(options.decay, options.window)
         self._records_past = False
         self._ring_tokens = options.window + BLOCK_TOKENS
         self._rows: list[_Row] = []
@@ -235,12 +240,12 @@ class CompressedKV:
             side_layout(bits.key_bits, keys, self.options.block_means),
             side_layout(bits.value_bits, values, False),
         )
-        records = keys.shape[0] * blocks_for(self.options.capacity_tokens or 0, self.options)
+        blocks = blocks_for(self.options.capacity_tokens or 0, self.options)
         pool = self._pool
-        if pool is None or (pool.layout, pool.device, len(pool)) != (layout, keys.device, records):
+        if pool is None or (pool.layout, pool.device, len(pool)) != (layout, keys.device, keys.shape[0] * blocks):
             self._pool = RecordPool(layout, keys.device)
-            if records:
-                self._pool.grow(records)
+            for own, count in self._decay.records(blocks, layout).items():
+                self._pool.grow(keys.shape[0] * count, own)
 
     def accepts_padding(self, pads: Sequence[int] | None) -> bool:
         """Whether the first `pads[b]` columns of each row b can be padding: no token may be stored for them."""
@@ -343,8 +348,9 @@ class CompressedKV:
             coded = max(len(row.blocks), blocks_for(row.length, self.options)) - len(row.blocks)
             if coded > len(row.reserved):
                 raise StateError(f"{tokens} tokens were appended by graphs and room was reserved for fewer")
-            row.blocks += row.reserved[:coded]
-            del row.reserved[:coded]
+            for _ in range(coded):
+                self._age_due(row, len(row.blocks) + 1)
+                row.blocks.append(row.reserved.pop(0))
         self._count_on_device()
 
     def _append_captured(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -426,9 +432,11 @@ class CompressedKV:
     def _code(self, b: int, row: _Row, blocks: int, start: int, new: tuple[torch.Tensor, torch.Tensor] | None) -> None:
         """Code row b up to `blocks` blocks; tokens before `start` lie in its ring, later ones in new [G, t, D]."""
         first, last = BLOCK_TOKENS * len(row.blocks), BLOCK_TOKENS * blocks
-        for piece in range(first, last, BLOCK_TOKENS * _BLOCKS_PER_PIECE):
-            stop = min(piece + BLOCK_TOKENS * _BLOCKS_PER_PIECE, last)
+        piece_tokens = BLOCK_TOKENS * min(_BLOCKS_PER_PIECE, self._decay.most_blocks or _BLOCKS_PER_PIECE)
+        for piece in range(first, last, piece_tokens):
+            stop = min(piece + piece_tokens, last)
             count = (stop - piece) // BLOCK_TOKENS
+            self._age_due(row, stop // BLOCK_TOKENS)
             ids, row.reserved = row.reserved[:count], row.reserved[count:]
             ids += self._records().take(count - len(ids))
             if self._device_tokens is not None:
@@ -451,6 +459,11 @@ class CompressedKV:
                     part = tokens[:, BLOCK_TOKENS * at : BLOCK_TOKENS * (at + records.shape[0])]
                     write_records(records, layout, i, part)
             row.blocks.extend(ids)
+
+    def _age_due(self, row: _Row, blocks: int) -> None:
+        """Age what a row gives up before it has that many blocks: new ones then find room where old ones were."""
+        for first, last, bits in self._decay.due(len(row.blocks), blocks):
+            self._age(row.blocks[first:last], first, last, bits, bits)
 
     def _name_on_device(self, on_device: DeviceTokens, b: int, first: int, ids: Sequence[int]) -> None:
         # room for a quarter more: a table that grew by every block would be copied by every block
@@ -580,7 +593,9 @@ class CompressedKV:
                 sink_logits=sink_logits,
                 skip_below=self.options.skip_below,
                 most_blocks=max(len(row.blocks) + len(row.reserved) for row in self._rows),
-                is_mixed=self._records().is_mixed,
+                # blocks may age while a graph lives that was made before
+                is_mixed=self._records().is_mixed
+                or (bool(self.options.decay) and any(row.reserved for row in self._rows)),
             )
         groups = heads // kv_heads
         plain = q.float().unflatten(1, (kv_heads, groups))  # [B, G, H / G, T, D]
@@ -709,22 +724,16 @@ class CompressedKV:
                 raise OptionError(f"aged codes keep 2 or 3 bits, got {name} {bits}")
         if not 0 <= first <= last:
             raise OptionError(f"blocks [first, last) were asked for, got first {first} and last {last}")
-        if self._pool is None:
-            return
-        pool = self._pool
+        if self._pool is not None:
+            blocks = {block for row in self._rows for block in row.blocks[first:last]}
+            self._age(blocks, first, last, key_bits or 4, value_bits or 4)
 
-        def aged(layout: BlockLayout) -> BlockLayout:
-            wanted = [
-                side.bits if bits is None or side.bits == 16 else min(side.bits, bits)
-                for side, bits in ((layout.key, key_bits), (layout.value, value_bits))
-            ]
-            return layout.with_bits(*wanted)
-
-        # rows that share a block share the aged one
-        blocks = sorted({block for row in self._rows for block in row.blocks[first:last]})
+    def _age(self, blocks: Collection[int], first: int, last: int, key_bits: int, value_bits: int) -> None:
+        """Age `blocks`, in every row that has them at [first, last): rows that share a block share the aged one."""
+        pool = self._records()
         moved: dict[int, int] = {}
-        for layout, group in itertools.groupby(blocks, pool.layout_of):
-            ids, to = list(group), aged(layout)
+        for layout, group in itertools.groupby(sorted(blocks), pool.layout_of):
+            ids, to = list(group), layout.at_most(key_bits, value_bits)
             for start in range(0, len(ids) if to != layout else 0, _BLOCKS_PER_PIECE):
                 piece = ids[start : start + _BLOCKS_PER_PIECE]
                 moved.update(zip(piece, self._aged(piece, layout, to), strict=True))
@@ -744,7 +753,8 @@ class CompressedKV:
         if self._device_tokens is not None:
             anchor = self._device_tokens.anchor
             entries = [pool.offsets(ids, anchor), pool.offsets(new, anchor)]
-            old, aged = torch.tensor(entries, dtype=torch.int64).to(anchor.device)
+            # without waiting for the device: ageing comes in the middle of a step
+            old, aged = torch.tensor(entries, dtype=torch.int64).to(anchor.device, non_blocking=True)
             age_blocks(layout, to, anchor, old, aged)
             return new
         records = torch.cat([view for _, view, _ in pool.runs(ids)])
@@ -814,4 +824,5 @@ def store_bytes(
         fixed = device_tokens_bytes(batch, blocks, key_dim, value_dim)
     else:
         fixed = rotation_bytes(options.rotation, key_dim) + rotation_bytes(options.rotation, value_dim)
-    return dense + batch * blocks * BlockLayout(num_kv_heads, key, value).nbytes + fixed
+    records = DecaySchedule(options.decay, options.window).records(blocks, BlockLayout(num_kv_heads, key, value))
+    return dense + batch * sum(layout.nbytes * count for layout, count in records.items()) + fixed

@@ -4,6 +4,7 @@ Importing this imports neither torch nor transformers: the commands do when they
 """
 
 from streamer.cli.bench import bench
+from streamer.cli.calibrate import calibrate
 from streamer.cli.doctor import doctor
 from streamer.cli.evaluate import evaluate
 from streamer.cli.group import CommandGroup
@@ -26,5 +27,5 @@ main = CommandGroup(
       tq-stream pack Qwen2.5-14B
       tq-stream doctor
     """,
-    commands=[run, memory_report, bench, evaluate, pack, unpack, doctor],
+    commands=[run, memory_report, bench, evaluate, calibrate, pack, unpack, doctor],
 )

@@ -171,6 +171,8 @@ def _timed(
         "num_layers": report.num_layers,
         "prefill_chunk": plan.prefill_chunk,
         "kv_bits": report.kv_bits,
+        "kv_layer_bits": report.kv_layer_bits,
+        "kv_decay": report.kv_decay,
         "reader_bytes_per_s": reader_rate,
         "limit_tokens_per_s": limit.tokens_per_s,
         "share_of_limit": share,
@@ -221,6 +223,8 @@ def _origin(rate: "FileRate") -> str:
 
 def _described(found: dict[str, Any]) -> str:
     """The model's figures as lines to read."""
+    from streamer.report import format_kv_bits
+
     on_cpu = found["device"] == "cpu"
     sweep = f"{found['prompt_tokens'] / found['first_token_s']:.0f} prompt tok/s"
     rows = [
@@ -250,10 +254,10 @@ def _described(found: dict[str, Any]) -> str:
             f"peak of the process {format_size(found['host_peak_bytes'])}, pages of files not counted; "
             f"planned for the model: {planned}",
         ))
-    keys, values = found["kv_bits"]
+    bits = format_kv_bits(found["kv_bits"], found["kv_layer_bits"], found["kv_decay"])
     head = (
         f"prompt of {found['prompt_tokens']} tokens, {found['new_tokens']} new ones, on {found['device_name']}; "
-        f"KV cache of {keys}-bit keys and {values}-bit values"
+        f"KV cache of {bits}"
     )
     return "\n".join([head, *(f"  {name:18}{text}" for name, text in rows)])
 

@@ -102,7 +102,7 @@ def evaluate(
             "--context out, or give fewer --window-tokens or a smaller --passkey"
         )
     refuse_gpu_options()
-    words = _read(text)[skip_characters:]
+    words = read_text(text)[skip_characters:]
     import_engine()
     from streamer.engine import StreamingEngine
     from streamer.passkey import measure_passkeys, passkey_trials
@@ -165,7 +165,12 @@ def _refuse_idle_options(context: click.Context) -> None:
             raise click.UsageError(f"{as_given(context, name)} has no effect {why}: leave it out")
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file given by --text.
+
+    Raises:
+        OptionError: no file, or not UTF-8.
+    """
     if not path.is_file():
         raise OptionError(f"--text {path} is no file: give the path of a text in UTF-8")
     try:

@@ -16,6 +16,7 @@ from streamer.options import parse_dtype, parse_size
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 _BITS = ("2", "3", "4", "16")
+_BITS_AND_BETWEEN = ("2", "2.5", "3", "3.5", "4", "16")
 
 
 class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic in the latest click only, and not when it runs
@@ -96,24 +97,44 @@ LENGTHS = Parsed("lengths", parse_lengths)
 TOKENS = click.IntRange(min=1)
 
 
-def _as_int(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    return None if value is None else int(value)
+def _as_number(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
+    return None if value is None else float(value) if "." in value else int(value)
 
 
-def _bits_option(name: str, text: str, default: str | None = None) -> Callable[[_Command], _Command]:
-    return click.option(name, type=click.Choice(_BITS), callback=_as_int, default=default, help=text)
+def _bits_option(name: str, text: str, choices: Sequence[str] = _BITS) -> Callable[[_Command], _Command]:
+    default = "4" if name == "--bits" else None
+    return click.option(name, type=click.Choice(choices), callback=_as_number, default=default, help=text)
 
 
 _CACHE_OPTIONS = (
-    _bits_option("--bits", "Bits of the KV cache; 16 leaves it uncompressed.", default="4"),
+    _bits_option(
+        "--bits",
+        "Bits of the KV cache; 2.5 and 3.5 give keys one bit more than values, 16 leaves it uncompressed.",
+        _BITS_AND_BETWEEN,
+    ),
     _bits_option("--key-bits", "Bits of the keys, if not those of --bits."),
     _bits_option("--value-bits", "Bits of the values, if not those of --bits."),
+    click.option(
+        "--layer-bits",
+        default="",
+        show_default=False,
+        metavar="LAYERS:BITS,...",
+        help="Other bits for some layers: 0-3:4,-1:4/3 gives the first four 4 bits, the last 4-bit keys and 3-bit "
+        "values.",
+    ),
     click.option(
         "--protected-layers",
         type=LAYERS,
         default=(),
         show_default=False,
         help='Layers whose cache stays uncompressed, e.g. "0,-1" (negative: from the last).',
+    ),
+    click.option(
+        "--decay",
+        default="off",
+        metavar="AGE:BITS,...",
+        help="Let older tokens of the KV cache keep fewer bits: 4096:3,32768:2 leaves 3 beyond 4096 tokens and 2 "
+        "beyond 32768; off leaves all; auto lets no more tokens age than the budgets need.",
     ),
 )
 

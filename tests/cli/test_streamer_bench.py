@@ -188,6 +188,8 @@ def figures(**changes: Any) -> dict[str, Any]:
         "layers_resident": 0,
         "num_layers": 48,
         "kv_bits": (3, 3),
+        "kv_layer_bits": "",
+        "kv_decay": "off",
         "limit_tokens_per_s": 2.0,
         "share_of_limit": 0.95,
         "bound_by": "link",
@@ -209,6 +211,11 @@ def test_a_streamed_run() -> None:
         "  bound by          the link to the GPU",
         "  GPU memory        peak 5.0 GiB, predicted 6.0 GiB",
     ]
+
+
+def test_a_decaying_cache_is_named() -> None:
+    head = bench._described(figures(kv_decay="4096:3,32768:2")).splitlines()[0]
+    assert head.endswith("3-bit values, 3 bits beyond 4096 tokens, 2 bits beyond 32768 tokens")
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def run_tiny(tiny: Path, *arguments: str | Path, **options: Any) -> Result:
         (["rum"], "No such command 'rum'. Did you mean 'run'?"),
         (["run"], "Missing argument 'MODEL'"),
         (["run", "m", "p", "--tempurature", "1"], "No such option '--tempurature'. Did you mean '--temperature'?"),
-        (["run", "m", "p", "--bits", "5"], "'5' is not one of '2', '3', '4', '16'"),
+        (["run", "m", "p", "--bits", "5"], "'5' is not one of '2', '2.5', '3', '3.5', '4', '16'"),
         (["run", "m", "p", "--vram", "12"], "'12' is not a size: write a number and a unit, as in 8GiB"),
         (["run", "m", "p", "--dtype", "int8"], "'int8' is not a dtype to compute in"),
         (["run", "m", "p", "--protected-layers", "0,x"], "'0,x' is not a list of layers: write numbers with commas"),
@@ -374,6 +374,44 @@ def test_bits_reach_the_cache(tiny: Path, bits: str) -> None:
         json.loads(run_tiny(tiny, prompt, "--json", *more).stdout)["kv_cache_bytes"] for more in ([], ["--bits", bits])
     ]
     assert (sizes[1] > sizes[0]) == (bits == "16")
+
+
+def test_a_decaying_cache_holds_what_the_report_predicts(tiny: Path) -> None:
+    """The prompt is coded at once and ages at once; then tokens come one by one."""
+
+    def held(*more: str) -> tuple[int, int]:
+        options = ("--device", "cpu", "--measure", "--context", "480", "--json")
+        found = json.loads(tq_stream("memory-report", tiny, *options, *more).stdout)
+        row = next(row for row in found["rows"] if row["name"] == "KV cache")
+        return row["predicted_bytes"], row["measured_bytes"]
+
+    assert held("--decay", "auto") == held(), "there is room"
+    predicted, measured = held("--decay", "150:3,280:2", "--layer-bits", "1:3/2")
+    assert predicted == measured < held("--layer-bits", "1:3/2")[1] < held()[1]
+
+
+def test_a_run_that_would_not_fit_ages_and_says_so(tiny: Path) -> None:
+    """A byte less than all bits need; the plan for more context than the call needs is no reason to age."""
+    ids = list(range(1, 101)) * 4
+    notes: list[str] = []
+    needed = {}
+    for planned in (480, 512):  # 512 is what the model was made for
+        with StreamingEngine(tiny, device="cpu", dtype="float32", context=planned, on_note=notes.append) as engine:
+            needed[planned] = sum(row.predicted_bytes for row in engine.memory_report().rows if row.where == "host")
+    for ram, context in ((needed[480] - 1, 480), (needed[512] - 1, None), (needed[480], 480)):
+        notes.clear()
+        options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "decay": "auto", "ram": ram}
+        with StreamingEngine(tiny, context=context, on_note=notes.append, **options) as engine:
+            engine.generate_ids(ids, max_new_tokens=3)
+            assert engine.plan is not None
+            decay = engine.plan.request.cache.decay
+            (kv,) = (row for row in engine.memory_report().rows if row.name == "KV cache")
+        assert kv.measured_bytes == kv.predicted_bytes
+        aged = [note for note in notes if "older tokens keep fewer" in note]
+        if ram < needed[480]:
+            assert aged == [f"the KV cache does not fit with all its bits: older tokens keep fewer (--decay {decay})"]
+        else:
+            assert (decay, aged) == ("off", [])
 
 
 @pytest.mark.parametrize(
@@ -704,6 +742,14 @@ def test_report_options_change_the_plan(headers_70b: Path) -> None:
     assert changed["kv"] < usual["kv"] < usual["uncompressed_kv_bytes"]
     assert (usual["kv_tokens"], usual["layers_resident"] > 0, changed["layers_resident"]) == (4096, True, 0)
     assert changed["prefill_chunk"] == 256
+    between = report("--bits", "2.5", "--layer-bits", "0:4,-1:3")
+    assert (between["kv_bits"], between["kv_layer_bits"], usual["kv_layer_bits"]) == ([3, 2], "0:4,-1:3", "")
+    # 61 blocks: 78 layers without 3 of 6 planes of 128 coordinates in 8 heads, the first with all, the last without 2
+    assert usual["kv"] - between["kv"] == 61 * (78 * 3 + 2) * 64 * 16 * 8
+    decayed = report("--decay", "1024:3,2048:2")
+    assert (usual["kv_decay"], decayed["kv_decay"]) == ("off", "1024:3,2048:2")
+    # 4096 tokens: 14 blocks stay, 16 lose a plane of K and V of 128 in 8 heads and 80 layers, 31 lose two
+    assert usual["kv"] - decayed["kv"] == (16 + 2 * 31) * 64 * 32 * 8 * 80
 
 
 def test_report_table_fits_100_columns(headers_70b: Path) -> None:
@@ -836,6 +882,14 @@ def test_the_budgets_of_the_readme(tmp_path: Path) -> None:
         ),
         (["--vram", "24GiB", "--resident", "81"], 2, r"Error: --resident 81 was asked for and the model has 80 layers"),
         (["--vram", "24GiB", "--protected-layers", "80"], 2, r"Error: protected layer 80 does not exist"),
+        (["--vram", "24GiB", "--layer-bits", "80:3"], 2, r"Error: layer 80 does not exist: the model has 80 layers"),
+        (["--vram", "24GiB", "--layer-bits", "3"], 2, r"Error: '3' does not say bits of layers: write LAYER:BITS"),
+        (["--vram", "24GiB", "--decay", "8k"], 2, r"Error: '8k' is not a decay: write AGE:BITS"),
+        (
+            ["--vram", "24GiB", "--bits", "2", "--decay", "512:2"],
+            2,
+            r"Error: a decay to 2 bits takes nothing from this",
+        ),
         (["--device", "cpu", "--ram", "1MiB"], 1, r"Error: the run needs .* host memory, .*, and 1.0 MiB may be used"),
         (["--device", "cpu", "--measure", "--context", "1"], 2, r"Usage: .*--measure needs room for a prompt"),
     ],
@@ -863,6 +917,10 @@ def test_measured_stands_beside_predicted(tiny: Path) -> None:
     assert found["kv_tokens"] == 512
     assert kv["measured_bytes"] == pytest.approx(kv["predicted_bytes"], rel=0.02)
     assert found["peak_host_bytes"] == pytest.approx(psutil.Process().memory_info().rss, rel=0.5)
+    decayed = tq_stream("memory-report", tiny, "--device", "cpu", "--measure", "--decay", "200:2")
+    assert "at 4-bit keys and 4-bit values, 2 bits beyond 200 tokens; " in decayed.stdout
+    layers = tq_stream("memory-report", tiny, "--device", "cpu", "--bits", "3.5", "--layer-bits", "-1:2")
+    assert "at 4-bit keys and 3-bit values, layers -1:2; " in layers.stdout
     result = tq_stream("memory-report", tiny, "--device", "cpu", "--measure", "--context", "64")
     assert "KV cache for 64 tokens" in result.stdout
     assert "measured peak of the process in host memory, mapped files included: " in result.stdout

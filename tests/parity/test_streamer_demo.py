@@ -97,3 +97,21 @@ def test_compressed_answers_make_sense(bits: int, wanted: str, demo_model: Path)
         report = engine.memory_report()
         measured = next(row for row in report.rows if row.name == "KV cache")
         assert measured.measured_bytes == measured.predicted_bytes
+
+
+def test_a_decaying_cache_finds_what_it_was_told_and_holds_what_was_predicted(
+    tokenizer: PreTrainedTokenizerBase, demo_model: Path
+) -> None:
+    """A number in the block that aged most, 400 tokens of text after it."""
+    told, asked = (tokenizer(text)["input_ids"] for text in ("The key is 48213. Remember it.", " The key is"))
+    ids = [*told, *ids_of(tokenizer, 400), *asked]
+    with StreamingEngine(demo_model, dtype="float32", device="cpu", decay="150:3,280:2") as engine:
+        assert engine.generate_ids(ids, max_new_tokens=6, temperature=0).startswith(" 48213")
+        (row,) = (row for row in engine.memory_report().rows if row.name == "KV cache")
+        assert row.measured_bytes == row.predicted_bytes
+        assert engine._runtime is not None
+        cache = engine._runtime.caches.last
+        assert cache is not None
+    for layer in cache.layers:
+        pool = layer.store._records()  # type: ignore[union-attr]
+        assert [pool.layout_of(block).key.bits for block in layer.store._rows[0].blocks] == [2, 3, 3, 4]  # type: ignore[union-attr]

@@ -18,6 +18,7 @@ from streamer.forecast import (
     COMMON_VRAM_BYTES,
     Lever,
     Machine,
+    _changes,
     budget_rows,
     format_rate,
     machine_of_run,
@@ -316,6 +317,10 @@ def test_levers_that_would_not_hold_are_not_offered(qwen_7b: Architecture) -> No
     long = {"device_bytes": 14 * GIB}
     both = request_of(**LONG | {"cache": CacheSettings(4, key_bits=4, value_bits=4)})
     assert "--bits" not in str(lever_of(qwen_7b, both, **long)[0].option)  # it would change nothing
+    between = request_of(**LONG | {"cache": CacheSettings(3.5)})
+    assert [option for option, _ in _changes(between, make_plan(qwen_7b, between), None, None)] == ["--bits 3"]
+    decaying = request_of(**LONG | {"cache": CacheSettings(4, decay="4096:3")})
+    assert "--bits" not in str(lever_of(qwen_7b, decaying, **long)[0].option)  # 3 bits would leave it nothing to take
     # the run needs its context
     needed = lever_of(qwen_7b, request_of(**LONG), needed_tokens=65530, **long)[0]
     assert needed.option == "--bits 3"

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import streamer.plan
+import turboquant
 from make_checkpoint import SHAPES, write_checkpoint
 from streamer.architecture import Architecture, aligned, head_slices, read_architecture
 from streamer.checkpoint import Checkpoint
@@ -128,6 +129,97 @@ def test_cache_bytes_of_64_more_tokens(
     request = [Request(context=n, cache=cache) for n in (6400, 6464)]
     grown = cache_bytes(qwen_14b, request[1]) - cache_bytes(qwen_14b, request[0])
     assert grown == 48 * 8 * 64 * bytes_per_token_and_head
+
+
+def test_cache_bytes_of_layers_with_bits_of_their_own(qwen_14b: Architecture) -> None:
+    """A plane is 16 bytes a token of 128 coordinates: 2.5 bits leave out three of K and V, some layers one of V."""
+    four, other = (
+        cache_bytes(qwen_14b, Request(context=6404, cache=cache))
+        for cache in (CacheSettings(4), CacheSettings(2.5, layer_bits="0-9:4,-2--1:4/3"))
+    )
+    blocks = (6404 - 4 - 128) // 64
+    assert four - other == (36 * 3 + 2 * 1) * 8 * 64 * 16 * blocks
+
+
+@pytest.mark.parametrize(("context", "full", "of_3_bits"), [(4100, 62, 0), (12420, 62, 130), (65668, 62, 448)])
+def test_cache_bytes_with_decay(context: int, full: int, of_3_bits: int, qwen_14b: Architecture) -> None:
+    """A plane less of K and V of 128 is 32 bytes a token; 62 blocks are between the window and an age of 4096."""
+    cache = CacheSettings(4, decay="4096:3,32768:2")
+    blocks = (context - 4 - 128) // 64
+    given_up = of_3_bits + 2 * (blocks - full - of_3_bits)
+    plain, decayed = (cache_bytes(qwen_14b, Request(context=context, cache=own)) for own in (CacheSettings(4), cache))
+    assert plain - decayed == 48 * 8 * 64 * 32 * given_up
+
+
+def test_a_decay_that_cannot_be_is_refused_before_anything_is_planned(qwen_14b: Architecture) -> None:
+    for bits, decay, message in (
+        (4, "soon", "'soon' is not a decay"),
+        (4, "100:3", "age of 100 tokens, and the newest 128 are not coded"),
+        (3, "4096:3", "takes nothing from this cache: its codes have 3 bits"),
+    ):
+        with pytest.raises(turboquant.OptionError, match=message):
+            plan_of(qwen_14b, cache=CacheSettings(bits, decay=decay))
+
+
+@pytest.mark.parametrize(
+    ("vram_bytes", "bits", "pattern"),
+    [
+        (5 * GIB, 4, "off"),
+        (4000 << 20, 4, r"(\d+):3"),
+        (3500 << 20, 4, r"192:3,(\d+):2"),
+        (3500 << 20, 3, r"(\d+):2"),
+    ],
+)
+def test_auto_ages_no_more_than_the_budget_needs(
+    vram_bytes: int, bits: int, pattern: str, qwen_14b: Architecture
+) -> None:
+    wanted: dict[str, Any] = {"vram_bytes": vram_bytes, "context": 32768}
+    plan = plan_of(qwen_14b, **wanted, cache=CacheSettings(bits, decay="auto"))
+    decay = plan.request.cache.decay
+    found = re.fullmatch(pattern, decay)
+    assert found is not None, decay
+    assert plan.device_bytes <= vram_bytes
+    notes = [note for note in plan.notes if "KV cache" in note]
+    if decay == "off":
+        assert notes == []
+        return
+    assert notes == [f"the KV cache does not fit with all its bits: older tokens keep fewer (--decay {decay})"]
+    assert plan == replace(plan_of(qwen_14b, **wanted, cache=CacheSettings(bits, decay=decay)), notes=plan.notes)
+    milder = decay.replace(f"{found[1]}:", f"{int(found[1]) + 64}:")
+    with pytest.raises(DoesNotFitError):
+        plan_of(qwen_14b, **wanted, cache=CacheSettings(bits, decay=milder))
+
+
+def test_auto_ages_block_by_block(qwen_14b: Architecture) -> None:
+    """On the CPU all that is short must come from the cache: each block gives a plane of K and V of 128 in 8 heads."""
+    request = Request(context=32768, ram_bytes=1 << 50, cache=CacheSettings(4))
+    needed = make_plan(qwen_14b, request).bytes_at("host")
+    block = 48 * 8 * 64 * 32
+    for blocks in (1, 2, 3, 4, 7, 50, 507, 508):
+        cache = CacheSettings(4, decay="auto")
+        plan = make_plan(qwen_14b, replace(request, ram_bytes=needed - block * (blocks - 1) - 1, cache=cache))
+        # 509 blocks, the first of which is behind the window and 508 others
+        assert plan.request.cache.decay == f"{128 + 64 * (509 - blocks)}:3"
+        assert plan.bytes_at("host") == needed - block * blocks
+    plan = make_plan(qwen_14b, replace(request, ram_bytes=needed - block * 508 - 1, cache=cache))
+    assert plan.request.cache.decay == f"192:3,{128 + 64 * 508}:2"
+
+
+def test_auto_refuses_what_no_ageing_makes_fit(qwen_14b: Architecture) -> None:
+    with pytest.raises(DoesNotFitError, match="Try --context"):
+        plan_of(qwen_14b, vram_bytes=3 * GIB, context=32768, cache=CacheSettings(3, decay="auto"))
+    with pytest.raises(turboquant.OptionError, match="takes nothing from this cache: its codes have 2 bits"):
+        plan_of(qwen_14b, context=32768, cache=CacheSettings(2, decay="auto"))
+
+
+def test_bits_that_would_leave_the_decay_nothing_are_not_named(qwen_14b: Architecture) -> None:
+    wanted: dict[str, Any] = {"vram_bytes": 7 * GIB // 2, "context": 32768}
+    with pytest.raises(DoesNotFitError, match="Try --bits 3 "):
+        plan_of(qwen_14b, **wanted, cache=CacheSettings(4, decay="16384:2"))
+    plan_of(qwen_14b, **wanted, cache=CacheSettings(3, decay="16384:2"))
+    with pytest.raises(DoesNotFitError, match="Try --context") as caught:
+        plan_of(qwen_14b, **wanted, cache=CacheSettings(4, decay="16384:3"))
+    assert "--bits" not in str(caught.value)
 
 
 def test_too_small_a_budget_names_every_term_and_a_context_that_fits(qwen_14b: Architecture) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from streamer import StreamingEngine
 from streamer.errors import OptionError
-from streamer.quality import CacheSetting, measure_quality, parse_setting, text_windows
-from turboquant import TurboQuantCache
+from streamer.quality import CacheSetting, measure_quality, measure_sensitivities, parse_setting, text_windows
+from turboquant import TurboQuantCache, wrap
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +108,17 @@ def test_an_uncompressed_setting_changes_nothing(model: Any) -> None:
 def test_calls_that_do_not_fit_are_refused(prefill: int, step: int, model: Any) -> None:
     with pytest.raises(OptionError, match="do not fit windows of 260: prefill from 1 to 258, steps of 1 or more"):
         measure_quality(model, windows(1), [parse_setting("3")], prefill=prefill, step=step)
+
+
+def test_sensitivities_are_those_of_one_side_of_one_layer(random_checkpoint: Callable[..., Path]) -> None:
+    """With a hundredth of the keys in one layer its attention is flat, and their code costs next to nothing."""
+    flat = wrap(AutoModelForCausalLM.from_pretrained(random_checkpoint("llama"), dtype=torch.float32).eval())
+    with torch.no_grad():
+        flat.model.layers[1].self_attn.k_proj.weight *= 0.01
+    found = measure_sensitivities(flat, windows(), [0, 1])
+    assert len(found) == 2
+    assert all(side > 0 for layer in found for side in layer)
+    assert found[1][0] < found[0][0] / 100
+    for side, bits in enumerate(("2/16", "16/2")):
+        setting = parse_setting(f"16,window=16,layer_bits=1:{bits}")
+        assert found[1][side] == measure_quality(flat, windows(), [setting], prefill=64, step=64)[0].kl_mean

@@ -97,8 +97,11 @@ def test_a_model_that_takes_no_cache_is_refused() -> None:
         {"protected_layers": [3]},
         {"key_biases": [None]},
         {"capacity_tokens": -1},
+        {"decay": "4096"},
+        {"decay": "128:3"},
+        {"bits": 3, "decay": "4096:3"},
     ],
-    ids=lambda options: next(iter(options)),
+    ids=lambda options: " ".join(options),
 )
 def test_bad_options_are_refused_at_once(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError):

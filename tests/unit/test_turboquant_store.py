@@ -576,6 +576,7 @@ def test_ageing_of_shared_rows_and_uncompressed_sides() -> None:
     assert torch.equal(values, same_values)
     assert torch.equal(keys[0], keys[1])
     pool = store._records()
+    assert [[pool.layout_of(block).key.bits for block in row.blocks] for row in store._rows] == [[4, 2, 2, 4]] * 3
     named = [block for row in store._rows for block in row.blocks]
     assert pool.uses == [named.count(block) for block in range(len(pool))]
     assert sorted(set(named) | set(pool.free)) == list(range(len(pool)))

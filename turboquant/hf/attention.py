@@ -70,7 +70,7 @@ def register_attention() -> None:
     AttentionMaskInterface.register(ATTENTION_NAME, turboquant_mask)
 
 
-def wrap(model: PreTrainedModel, bits: int = 4, **options: Any) -> PreTrainedModel:
+def wrap(model: PreTrainedModel, bits: float = 4, **options: Any) -> PreTrainedModel:
     """Give every `generate` of `model` a compressed cache, read in place by our attention.
 
     Args:

@@ -16,7 +16,7 @@ from turboquant.hf.dense import dense_attention
 from turboquant.hf.key_bias import find_key_biases
 from turboquant.hf.masks import CausalMask
 from turboquant.key_bias import KeyBias
-from turboquant.policy import Precision, layer_precisions
+from turboquant.policy import NO_DECAY, Precision, check_decay, layer_precisions, parse_decay
 from turboquant.store import CompressedKV, StoreOptions
 
 logger = logging.getLogger("turboquant")
@@ -45,7 +45,7 @@ class LayerReport:
 
     Attributes:
         layer: index. kind: "compressed", "dense", "sliding window" or "empty".
-        key_bits, value_bits: widths of the stored code (16 = the model's dtype).
+        key_bits, value_bits: widths of the stored code (16 = the model's dtype); blocks that have aged have fewer.
         tokens: tokens held per row. coded_tokens: those of them held as codes.
         nbytes: all bytes. parts: the same by kind ("codes", "scales", "means", "dense", "rotation", "bias", "tables").
         dense_nbytes: what the same tokens take in the model's dtype.
@@ -371,8 +371,11 @@ class TurboQuantCache(Cache):
 
     Args:
         model: a transformers decoder (key biases are then taken out exactly), or its config alone.
-        bits: bits of each key and value coordinate: 2, 3, 4, or 16 for none.
+        bits: bits of each key and value coordinate: 2, 3, 4, or 16 for none; 2.5 and 3.5 give keys one bit more than
+            values.
         key_bits, value_bits: override `bits` for one side.
+        layer_bits: other bits for some layers, as in "0-3:4,-1:4/3": 4 bits for the first four, 4-bit keys and 3-bit
+            values for the last.
         protected_layers: layers kept in the model's dtype; negative indices count from the end.
         window: newest tokens kept in the model's dtype (up to 63 more wait for a whole block).
         sinks: first tokens of each sequence kept in the model's dtype.
@@ -381,6 +384,8 @@ class TurboQuantCache(Cache):
         capacity_tokens: allocate for that many tokens at once; None grows in steps.
         skip_below: kernels may leave out the values of blocks whose weights are all below this share of the largest,
             see `ops.attend.attend_packed` for the bound of the error; 0 leaves nothing out.
+        decay: from which ages on tokens keep fewer bits, block by block, as in "4096:3,32768:2" (`parse_decay`): older
+            than 4096 tokens at most 3 bits, older than 32768 at most 2; sinks and window stay. "off": they keep all.
         key_biases: one KeyBias or None per layer, for a caller that knows them; default: read from `model`.
     Layers with a sliding window keep transformers' own layer. Under our attention (`wrap`, or
     `model.set_attn_implementation("turboquant")`) codes are read in place; under any other, `update` unpacks the
@@ -392,10 +397,11 @@ class TurboQuantCache(Cache):
     def __init__(
         self,
         model: nn.Module | PreTrainedConfig,
-        bits: int = 4,
+        bits: float = 4,
         *,
         key_bits: int | None = None,
         value_bits: int | None = None,
+        layer_bits: str = "",
         protected_layers: Iterable[int] = (),
         window: int = 128,
         sinks: int = 4,
@@ -404,6 +410,7 @@ class TurboQuantCache(Cache):
         block_means: bool = True,
         capacity_tokens: int | None = None,
         skip_below: float = 0.0,
+        decay: str = NO_DECAY,
         key_biases: Sequence[KeyBias | None] | None = None,
     ):
         config = cast(
@@ -427,8 +434,11 @@ class TurboQuantCache(Cache):
             bits=bits,
             key_bits=key_bits,
             value_bits=value_bits,
+            layer_bits=layer_bits,
             protected_layers=tuple(protected_layers),
         )
+        steps = parse_decay(decay)
+        check_decay(steps, precisions)
         if key_biases is None:
             key_biases = find_key_biases(model) if isinstance(model, nn.Module) else [None] * len(plain_layers)
         if len(key_biases) != len(plain_layers):
@@ -441,7 +451,15 @@ class TurboQuantCache(Cache):
                 layers.append(DenseLayer(capacity_tokens))
             else:
                 options = StoreOptions(
-                    precision, window, sinks, rotation, _layer_seed(seed, i), block_means, capacity_tokens, skip_below
+                    precision,
+                    window,
+                    sinks,
+                    rotation,
+                    _layer_seed(seed, i),
+                    block_means,
+                    capacity_tokens,
+                    skip_below,
+                    steps,
                 )
                 layers.append(CompressedLayer(CompressedKV(options, key_bias=bias), self.config))
         super().__init__(layers=layers)
