@@ -1,6 +1,7 @@
 """Blocks: records of 64 tokens in slabs, and the keys or values of one layer as PyTorch writes and reads them."""
 
 import bisect
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
 
@@ -31,6 +32,7 @@ class RecordPool:
         self._layouts: list[BlockLayout] = []  # of each slab
         self._starts: list[int] = []  # id of each slab's first record
         self._free: dict[BlockLayout, list[int]] = {}
+        self._records: Counter[BlockLayout] = Counter()  # of all slabs
 
     def __len__(self) -> int:
         return len(self.uses)
@@ -38,10 +40,8 @@ class RecordPool:
     @property
     def is_mixed(self) -> bool:
         """Whether records of another layout than that of new blocks are in use."""
-        free = {layout: len(ids) for layout, ids in self._free.items()}
-        for layout, records in self.held():
-            free[layout] -= records
-        return any(count < 0 for layout, count in free.items() if layout != self.layout)
+        # asked in every step: no look at each slab
+        return any(len(ids) < self._records[own] for own, ids in self._free.items() if own != self.layout)
 
     @property
     def free(self) -> list[int]:
@@ -60,6 +60,7 @@ class RecordPool:
         self._layouts.append(layout)
         self.slabs.append(torch.empty((records, layout.nbytes), dtype=torch.uint8, device=self.device))
         self.uses += [0] * records
+        self._records[layout] += records
         self._free.setdefault(layout, []).extend(range(start, start + records))
 
     def take(self, count: int, layout: BlockLayout | None = None) -> list[int]:

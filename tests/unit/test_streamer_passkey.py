@@ -83,7 +83,9 @@ def test_no_trials_are_refused(engine: Any) -> None:
         measure_passkeys(engine.assemble(400, 2), engine.tokenizer, [], [])
 
 
-@pytest.mark.parametrize("setting", ["4", "2", "key_bits=3,value_bits=16,window=64", "3,protected_layers=1", "16"])
+@pytest.mark.parametrize(
+    "setting", ["4", "2", "key_bits=3,value_bits=16,window=64", "3,protected_layers=1", "4,decay=192:3/320:2", "16"]
+)
 def test_a_cache_given_what_was_read_is_one_that_has_read_it(setting: str, engine: Any) -> None:
     """Same bytes, and bit for bit the same predictions for a question and for single tokens after it."""
     model = engine.assemble(400, 3)
