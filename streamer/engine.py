@@ -25,13 +25,23 @@ from streamer.errors import ContextLengthError, DoesNotFitError, OptionError, Un
 from streamer.forecast import Lever, Machine, machine_of_run, next_lever
 from streamer.generation import StopWhen, TokenSink, generation_config, seeded
 from streamer.options import parse_dtype, parse_size
-from streamer.plan import CONTEXT_BYTES, SPARE_VRAM_BYTES, CacheSettings, Plan, Request, cache_bytes, make_plan
+from streamer.plan import (
+    CONTEXT_BYTES,
+    SPARE_VRAM_BYTES,
+    CacheSettings,
+    Plan,
+    Request,
+    cache_bytes,
+    is_compressed,
+    make_plan,
+)
 from streamer.report import MemoryReport, build_report
 from streamer.resolve import resolve_model
 from streamer.runtime import Runtime, build_runtime, measured_context_bytes
 from streamer.stats import RunStats
 from streamer.text import TextPieces
 from streamer.weights import current_device
+from turboquant.ops.devices import kernels_serve
 from turboquant.policy import AUTO_DECAY, NO_DECAY
 
 logger = logging.getLogger("streamer")
@@ -363,6 +373,10 @@ class StreamingEngine:
         plan = self._plan(architecture, context, batch, bytes_of(biases, on_gpu=self._device.type == "cuda"))
         for line in plan.notes:
             self.stats.note(line)
+        if is_compressed(architecture, plan.request.cache) and kernels_serve(self._device):
+            self.stats.note(
+                "kernels read the compressed cache: the first run on a machine compiles them, up to a minute in all"
+            )
         self._architecture = None  # its model is about to be changed in place
         has_cap = self._vram is not None
         with current_device(self._device):  # page-locking, too, makes a context where none is

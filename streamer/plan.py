@@ -200,6 +200,11 @@ def cache_bytes(architecture: Architecture, request: Request) -> int:
     return total
 
 
+def is_compressed(architecture: Architecture, cache: CacheSettings) -> bool:
+    """Whether any layer's keys or values are coded."""
+    return any(own != Precision(16, 16) for own in _precisions(architecture, cache))
+
+
 def _precisions(architecture: Architecture, cache: CacheSettings) -> tuple[Precision, ...]:
     return layer_precisions(
         architecture.num_layers,
@@ -587,8 +592,9 @@ def _activation_bytes(architecture: Architecture, request: Request, chunk: int) 
     of_prompt = 2 * batch * prompt * hidden * item + prompt * 6 * max(shape.key_dim for shape in shapes) * item
     # a layer's exact keys and values: a buffer for all chunks of the prompt, beside those of the chunk
     exact = batch * prompt * kv_width * item if prompt > chunk else 0
-    coding = min(_CODING_TOKENS, request.context) * max(1, kv_width // 2) * 4 * _CODING_ARRAYS
-    is_compressed = any(own != Precision(16, 16) for own in _precisions(architecture, request.cache))
+    coding = 0
+    if is_compressed(architecture, request.cache):
+        coding = min(_CODING_TOKENS, request.context) * max(1, kv_width // 2) * 4 * _CODING_ARRAYS
     # transformers' sliding layers keep a view of the whole last chunk until the next call
     sliding = sum(
         batch * shape.num_kv_heads * (shape.key_dim + shape.value_dim) * item * min(chunk, prompt)
@@ -601,7 +607,7 @@ def _activation_bytes(architecture: Architecture, request: Request, chunk: int) 
         in_float32 = 2 * request.context * kv_width * 4 + 4 * FLOAT32_SCORE_BYTES
     logits = batch * architecture.head.shape[0] * (item + 12)
     peak_of_layer = max(in_norm, in_attention + in_float32, in_mlp)
-    return of_prompt + exact + sliding + max(peak_of_layer, (coding if is_compressed else 0)) + logits
+    return of_prompt + exact + sliding + max(peak_of_layer, coding) + logits
 
 
 def _inner_width(architecture: Architecture) -> int:

@@ -116,6 +116,16 @@ def test_an_answer_that_would_pass_the_context_is_cut_and_says_so(engine: Stream
     assert "answer limited to 12 tokens: its context is 512" in engine.stats.notes
 
 
+@pytest.mark.parametrize(("bits", "has_line"), [(3, True), (16, False)])
+def test_a_run_whose_kernels_may_have_to_be_compiled_says_so(
+    bits: int, has_line: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamer.engine.kernels_serve", lambda device: True)
+    with StreamingEngine(folder, bits=bits, device="cpu") as engine:
+        engine.generate("a", max_new_tokens=1)
+        assert any("compiles them" in note for note in engine.stats.notes) == has_line
+
+
 def test_the_report_predicts_the_caches_bytes_exactly(folder: Path) -> None:
     for bits in (16, 4, 3, 2):
         with StreamingEngine(folder, bits=bits, device="cpu") as engine:
