@@ -134,6 +134,11 @@ def all_texts() -> list[Path]:
     return found
 
 
+def text_of(path: Path) -> Path:
+    """The file that --text names: one that is there, or one of TEXTS, fetched."""
+    return fetch(str(path), cache_dir() / "texts") if str(path) in TEXTS and not path.is_file() else path
+
+
 # -------------------------------------------------------------------------------------------------------------- rows
 
 
@@ -382,7 +387,13 @@ def main() -> int:
     """Runs the command; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="as tq-stream takes it")
-    parser.add_argument("--text", dest="texts", type=Path, action="append", help="a text in UTF-8, once for each")
+    parser.add_argument(
+        "--text",
+        dest="texts",
+        type=Path,
+        action="append",
+        help="a text in UTF-8, or the name of one that is fetched, once for each",
+    )
     parser.add_argument(
         "--setting", dest="settings", action="append", help="as tq-stream eval takes it; default: 4, 3, 2"
     )
@@ -410,7 +421,7 @@ def main() -> int:
     if args.dtype == "auto":
         parser.error("--dtype auto: rows tell dtypes apart, so name one: float32, bfloat16 or float16")
     try:
-        measure(args, args.texts or all_texts())
+        measure(args, [text_of(path) for path in args.texts] if args.texts else all_texts())
     except (QualityError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1

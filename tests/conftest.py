@@ -37,6 +37,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device visible; on a machine with one run pytest -m gpu"))
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Writes a failure down at once where TQ_STREAM_FAILURES names a file: a run that is cut prints none."""
+    path = os.environ.get("TQ_STREAM_FAILURES")
+    if path and report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(f"{report.nodeid} ({report.when})\n{report.longreprtext}\n")
+
+
 @pytest.fixture(autouse=True)
 def own_cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache folder of the test's own, and no network, whatever the person running it has set."""

@@ -254,3 +254,13 @@ def test_texts_that_cannot_be_had_are_left_out(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(check_quality, "TEXTS", {"jargon.txt": check_quality.TEXTS["jargon.txt"]})
     with pytest.raises(QualityError, match="no text could be fetched: pass --text FILE"):
         check_quality.all_texts()
+
+
+def test_a_name_is_fetched_where_no_file_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(check_quality, "fetch", lambda name, folder: folder / f"fetched-{name}")
+    name = next(iter(check_quality.TEXTS))
+    assert check_quality.text_of(Path(name)).name == f"fetched-{name}"
+    assert check_quality.text_of(Path("other.txt")) == Path("other.txt")
+    Path(name).write_text("mine")
+    assert check_quality.text_of(Path(name)) == Path(name)
