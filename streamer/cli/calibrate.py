@@ -6,20 +6,21 @@ from typing import Any
 
 import click
 
-from streamer.cli.evaluate import read_text
 from streamer.cli.group import CONTEXT_SETTINGS
-from streamer.cli.parameters import import_engine, machine_options, quiet_libraries, refuse_gpu_options
+from streamer.cli.parameters import (
+    import_engine,
+    machine_options,
+    quiet_libraries,
+    read_text,
+    refuse_gpu_options,
+    text_option,
+)
 from streamer.cli.screen import Screen
 
 
 @click.command(context_settings=CONTEXT_SETTINGS)
 @click.argument("model")
-@click.option(
-    "--text",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="A text in UTF-8, long enough for all windows.",
-)
+@text_option
 @click.option(
     "--target-avg-bits",
     type=click.FloatRange(min=2, max=4),

@@ -16,10 +16,11 @@ from streamer.cli.parameters import (
     is_given,
     machine_options,
     quiet_libraries,
+    read_text,
     refuse_gpu_options,
+    text_option,
 )
 from streamer.cli.screen import Screen
-from streamer.errors import OptionError
 
 if TYPE_CHECKING:
     from streamer.passkey import Retrieval
@@ -32,12 +33,7 @@ _QUESTION_ROOM_TOKENS = 64
 
 @click.command("eval", context_settings=CONTEXT_SETTINGS)
 @click.argument("model")
-@click.option(
-    "--text",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="A text in UTF-8, long enough for all windows.",
-)
+@text_option
 @click.option(
     "--setting",
     "settings",
@@ -163,20 +159,6 @@ def _refuse_idle_options(context: click.Context) -> None:
         if is_given(context, name):
             why = "with --windows 0" if name in of_windows else "without --passkey"
             raise click.UsageError(f"{as_given(context, name)} has no effect {why}: leave it out")
-
-
-def read_text(path: Path) -> str:
-    """The text of a file given by --text.
-
-    Raises:
-        OptionError: no file, or not UTF-8.
-    """
-    if not path.is_file():
-        raise OptionError(f"--text {path} is no file: give the path of a text in UTF-8")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise OptionError(f"--text {path} is not UTF-8 (byte {error.start}): convert it, as with iconv") from error
 
 
 def _described(found: list["Quality"], window_tokens: int, dtype: str) -> str:

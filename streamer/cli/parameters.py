@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -259,3 +260,26 @@ def quiet_libraries(*, hide_progress: bool) -> Iterator[None]:
         logging.set_verbosity(before)
         if hide_progress:
             enable_progress_bars()
+
+
+# What a command reads that measures a model on a text; `read_text` gives its content.
+text_option = click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="A text in UTF-8, long enough for all windows.",
+)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file given by --text.
+
+    Raises:
+        OptionError: no file, or not UTF-8.
+    """
+    if not path.is_file():
+        raise OptionError(f"--text {path} is no file: give the path of a text in UTF-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise OptionError(f"--text {path} is not UTF-8 (byte {error.start}): convert it, as with iconv") from error
