@@ -162,9 +162,13 @@ class HostWeights:
         self._places, self._stream = places, stream
         with self._lock:
             self._start_workers()
-            if self._kept:
-                thread = threading.Thread(target=self._run_memory, name="tq-stream-memory", daemon=True)
+        if self._kept:
+            thread = threading.Thread(target=self._run_memory, name="tq-stream-memory", daemon=True)
+            try:
                 thread.start()
+            except RuntimeError:  # the system allows no more threads
+                self._give_up(self._kept)
+            else:
                 self._workers.append(thread)
 
     def _has_all(self) -> bool:

@@ -407,6 +407,25 @@ def test_a_thread_that_cannot_be_started_leaves_the_others_to_work(
         stream.weights.close()
 
 
+def test_without_a_thread_for_memory_units_are_read_in_every_pass(
+    architecture: tuple[Architecture, Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def limited(thread: threading.Thread) -> None:
+        if thread.name == "tq-stream-memory":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    stream = Stream(*architecture, {2}, {0, 1})
+    stream.weights.start()
+    stream.run(passes=3)
+    assert not stream.host.held_units
+    assert stream.host.is_settled
+    stream.weights.close()
+
+
 def test_an_abort_that_is_interrupted_is_made_up_for(
     architecture: tuple[Architecture, Checkpoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
