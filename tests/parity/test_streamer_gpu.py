@@ -374,6 +374,21 @@ def test_dense_attention_against_float64(tokens: int, length: int, groups: int, 
     assert error.max() < (1e-2 if dtype == torch.bfloat16 else 2e-3)
 
 
+def test_heads_of_a_group_share_their_keys_in_a_chunk() -> None:
+    """Keys and values made for every query head took a chunk of a long prompt more memory than all else."""
+    from turboquant.hf.dense import dense_attention
+
+    q = torch.randn(1, 40, 256, 128, device="cuda", dtype=torch.bfloat16)
+    keys, values = (torch.randn(1, 8, 8192, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    module = torch.nn.Module()
+    module.num_key_value_groups = 5
+    module.is_causal = True
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = dense_attention(module, q, keys, values, None, scale=128**-0.5)
+    assert torch.cuda.max_memory_allocated() - before < 2 * out.nbytes < keys.nbytes
+
+
 def test_a_refused_registration_leaves_the_device_usable() -> None:
     segment = HostMemory(1 << 20)
     assert segment.pin()

@@ -65,7 +65,8 @@ def dense_attention(
 def _causal(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
     """Bottom-right causal attention without a [T, S] mask, which would push SDPA to a slower kernel."""
     groups = q.shape[1] // keys.shape[1]
-    if groups > 1 and not can_use_flash_attention(SDPAParams(q, keys, values, None, 0.0, True, True)):
+    # asked as CausalBias asks, without is_causal: with it the answer is no for every T < S, though its kernel serves
+    if groups > 1 and not can_use_flash_attention(SDPAParams(q, keys, values, None, 0.0, False, True)):
         # the memory-efficient kernel takes no groups of heads, and what comes after it makes all [H, T, S] scores
         keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))
     return nn.functional.scaled_dot_product_attention(
