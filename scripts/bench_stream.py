@@ -12,6 +12,7 @@ others --new. --out keeps the rows, ratios included, as JSON for scripts/write_b
 """
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +115,7 @@ def run_streamed(args: argparse.Namespace, watcher: PeakWatcher) -> Iterator[dic
     prompt = args.prompt[0]
     read_once_s = None
     if args.evict:
-        evict(args.folder)
-        read_once_s = read_all(args.folder)
-        evict(args.folder)
+        read_once_s = read_evicted(Path(args.folder), args.codec)
     start = time.perf_counter()
     engine = StreamingEngine(
         args.folder,
@@ -126,10 +125,11 @@ def run_streamed(args: argparse.Namespace, watcher: PeakWatcher) -> Iterator[dic
         resident=args.resident,
         context=args.context or prompt + args.new + 16,
         direct_io=args.direct_io,
+        codec=args.codec,
         device="cuda",
     )
     model, plan = engine.model, engine.plan
-    weights = engine._runtime.weights
+    weights, files = engine._runtime.weights, engine._runtime.files
     setup_s = time.perf_counter() - start
     ids = prompt_ids(prompt).cuda()
     cold_s = timed_generate(model, ids, 1).first_token_s
@@ -156,6 +156,8 @@ def run_streamed(args: argparse.Namespace, watcher: PeakWatcher) -> Iterator[dic
         "disk_bytes_per_pass": (disk_bytes_read() - from_disk) / passes if from_disk is not None else None,
         "host": plan.host,
         "uses_direct_io": plan.direct_io,
+        "coded_share": plan.coded_share if plan.is_coded else None,
+        "decode_layer_s": engine.stats.layer_s,
         "layers_resident": plan.layers_resident,
         "prefill_chunk": plan.prefill_chunk,
         "predicted_peak_bytes": plan.device_bytes,
@@ -176,44 +178,55 @@ def run_streamed(args: argparse.Namespace, watcher: PeakWatcher) -> Iterator[dic
         row["logits_std"] = theirs.std().item()
         row["same_top1"] = (mine.argmax(-1) == theirs.argmax(-1)).float().mean().item()
     row["process_peak_bytes"] = watcher.stop()
+    if args.digest:
+        fixed = prompt_ids(_LOGITS_TOKENS).cuda()
+        row["logits_digest"] = hashlib.sha256(logits_of(model, ids, fixed).numpy().data).hexdigest()
     del model, weights
     engine.close()
     torch.cuda.set_per_process_memory_fraction(1.0)
     row["link_bytes_per_s"] = link_rate(torch.device("cuda"))
-    row["reader_bytes_per_s"] = reader_rate(args.folder, plan) if plan.staged_bytes else None
+    row["reader_bytes_per_s"] = reader_rate(files, plan) if plan.staged_bytes else None
     limit = predict(plan, Machine(row["link_bytes_per_s"], row["reader_bytes_per_s"]))
     row["limit_tokens_per_s"] = limit.tokens_per_s
     row["share_of_limit"] = row["tokens_per_s"] / limit.tokens_per_s if limit.tokens_per_s else None
     yield row
 
 
-def evict(folder: str) -> None:
-    """Ask the system to drop the checkpoint's pages from its page cache."""
-    for path in Path(folder).glob("*.safetensors"):
+def read_evicted(folder: Path, codec: str) -> float:
+    """Drops the files from the page cache, reads those of the codec once as the readers do, and drops them again.
+
+    Returns:
+        seconds of the reading.
+    """
+    from streamer.checkpoint import Checkpoint
+    from streamer.codec import open_packed
+    from streamer.rates import read_rate
+    from streamer.weights.host import reader_threads
+
+    with Checkpoint.open(folder) as checkpoint:
+        packed, _ = open_packed(checkpoint, codec)
+        files = packed.checkpoint if packed is not None else checkpoint
+        folders = {folder, files.folder}
+        evict(folders)
+        rate = read_rate(files, direct=False, threads=reader_threads(), max_bytes=1 << 62)
+        evict(folders)
+        return files.total_bytes / rate
+
+
+def evict(folders: Iterable[Path]) -> None:
+    """Ask the system to drop pages of weights, packed or not, from its page cache."""
+    for path in (path for folder in folders for path in folder.glob("*.safetensors*")):
         with path.open("rb") as file:
             os.fsync(file.fileno())  # pages that are not on the disk yet cannot be dropped
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def read_all(folder: str) -> float:
-    """Seconds to read every tensor of the checkpoint once, as the readers do."""
-    from streamer.checkpoint import Checkpoint
-    from streamer.rates import read_rate
-    from streamer.weights.host import reader_threads
-
-    with Checkpoint.open(Path(folder)) as checkpoint:
-        rate = read_rate(checkpoint, direct=False, threads=reader_threads(), max_bytes=1 << 62)
-        return checkpoint.total_bytes / rate
-
-
-def reader_rate(folder: str, plan: Any) -> float:
+def reader_rate(files: Any, plan: Any) -> float:
     """Bytes per second of the readers that a staged plan uses, run alone."""
-    from streamer.checkpoint import Checkpoint
     from streamer.rates import read_rate
     from streamer.weights.host import reader_threads
 
-    with Checkpoint.open(Path(folder)) as checkpoint:
-        return read_rate(checkpoint, direct=plan.direct_io, threads=reader_threads(), max_bytes=_READER_BYTES)
+    return read_rate(files, direct=plan.direct_io, threads=reader_threads(), max_bytes=_READER_BYTES)
 
 
 def run_transformers(args: argparse.Namespace, watcher: PeakWatcher) -> Iterator[dict[str, Any]]:
@@ -320,6 +333,7 @@ def run_one(args: argparse.Namespace) -> None:
         "resident": args.resident if is_ours else None,
         "ram": args.ram if is_ours else None,
         "direct_io": args.direct_io if is_ours else None,
+        "codec": args.codec if is_ours and args.codec != "raw" else None,
         "evict": args.evict if is_ours else None,
         "versions": versions(),
     }
@@ -332,10 +346,12 @@ def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every runner in a process of its own, then the ratios; the rows made here."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for runner in RUNNERS:
+        runs = [(runner, codec) for runner in RUNNERS for codec in args.codec if codec == "raw" or runner == "streamed"]
+        for runner, codec in runs:
             if runner not in args.runners.split(","):
                 continue
-            done = subprocess.run(command_of(args, runner, folder), capture_output=True, text=True, env=os.environ)
+            command = command_of(args, runner, codec, folder)
+            done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
             made = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("ROW ")]
             if done.returncode or not made:
                 print(f"{runner} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}", file=sys.stderr)
@@ -350,13 +366,16 @@ def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def command_of(args: argparse.Namespace, runner: str, folder: str) -> list[str]:
+def command_of(args: argparse.Namespace, runner: str, codec: str, folder: str) -> list[str]:
     """The command that runs one runner with the same settings."""
     command = [sys.executable, __file__, args.folder, "--runner", runner, "--vram", args.vram, "--logits", folder]
     command += ["--prompt", ",".join(map(str, args.prompt)), "--new", str(args.new), "--bits", str(args.bits)]
     for name in ("resident", "ram", "context"):
         if getattr(args, name) is not None:
             command += [f"--{name}", str(getattr(args, name))]
+    command += ["--codec", codec]
+    if len(args.codec) > 1:
+        command.append("--digest")
     if args.evict:
         command.append("--evict")
     if args.direct_io is not None:
@@ -376,6 +395,8 @@ def ratios(row: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, f
 
     Returns:
         cpu_offload, auto (same budget), resident: tokens per second over theirs, greater is better.
+        raw: tokens per second of coded weights over those of weights as they are, all else equal. same_logits: whether
+            both gave the same logits, bit for bit.
         possible: tokens per second over the smaller of the link's (and readers') limit and resident's.
         first_token: our time to it over the larger of one sweep over the link and resident's, smaller is better.
     """
@@ -389,6 +410,11 @@ def ratios(row: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, f
     for name in ("cpu_offload", "auto", "resident"):
         if name in baselines:
             found[name] = row["tokens_per_s"] / baselines[name]["tokens_per_s"]
+    alike = ("runner", "model", "prompt", "vram", "bits", "resident", "ram", "direct_io", "evict")
+    raw = [other for other in others if all(other[key] == row[key] for key in alike) and not other.get("codec")]
+    if row["codec"] and raw:
+        found["raw"] = row["tokens_per_s"] / raw[0]["tokens_per_s"]
+        found["same_logits"] = row.get("logits_digest") == raw[0].get("logits_digest")
     resident = baselines.get("resident")
     if resident is not None:
         limit = row["limit_tokens_per_s"]
@@ -406,6 +432,8 @@ def print_ratios(row: dict[str, Any]) -> None:
         "auto": "streamed / auto",
         "resident": "streamed / resident",
         "possible": "streamed / min(limit, resident)",
+        "raw": "coded / raw",
+        "same_logits": "same logits as raw, bit for bit",
         "first_token": "first token / max(sweep, resident's)",
     }
     for name, ratio in row["ratios"].items():
@@ -429,6 +457,8 @@ def print_row(row: dict[str, Any]) -> None:
             f" (predicted {row['predicted_peak_bytes'] / gb:.2f}), context {row['context_bytes'] / gb:.2f}, "
             f"{row['layers_resident']} layers resident, {row['host']}, {row['streamed_bytes'] / gb:.2f} GB a pass"
         )
+        if row["codec"]:
+            line += f", coded to {100 * row['coded_share']:.1f} %"
         if row["share_of_limit"] is not None:
             line += f": {100 * row['share_of_limit']:.1f} % of the limit of {row['limit_tokens_per_s']:.2f} tok/s"
         line += f"; prompt moved {row['prompt_bytes'] / gb:.2f} GB"
@@ -469,6 +499,8 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=16)
     parser.add_argument("--resident", type=int)
     parser.add_argument("--direct-io", action=argparse.BooleanOptionalAction, help="read around the page cache")
+    parser.add_argument("--codec", default="raw", help="of the streamed runner; raw,lossless runs it twice")
+    parser.add_argument("--digest", action="store_true", help="of the logits, to compare codecs by")
     parser.add_argument("--evict", action="store_true", help="start with no byte of the files in the page cache")
     parser.add_argument("--logits", default="", help="folder through which resident hands its logits on")
     parser.add_argument("--beside", action="append", default=[], help="rows of earlier runs to form ratios with")
@@ -481,6 +513,7 @@ def main() -> None:
     if args.runner:
         run_one(args)
         return
+    args.codec = args.codec.split(",")
     rows = run_all(args)
     if args.out:
         Path(args.out).write_text(json.dumps(rows, indent=1), encoding="utf-8")

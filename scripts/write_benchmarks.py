@@ -16,7 +16,7 @@ from typing import Any
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 
 # Settings that make two rows the same measurement: the later one counts.
-KEY = ("model", "runner", "vram", "prompt", "bits", "resident", "ram", "direct_io", "evict")
+KEY = ("model", "runner", "vram", "prompt", "bits", "resident", "ram", "direct_io", "evict", "codec")
 
 HEAD = (
     "| model | runner | budget | prompt | first token | decode tok/s (p20 to p80) | a pass | share of the limit | "
@@ -84,13 +84,14 @@ def stream_row(row: dict[str, Any]) -> str:
     if is_ours:
         name = f"tq-stream, {row['bits']}-bit cache, {row['layers_resident']} layers resident"
         name += f", --ram {row['ram']}" if row.get("ram") else ""
+        name += f", --codec {row['codec']}" if row.get("codec") else ""
         peak += f" ({row['predicted_peak_bytes'] / gb:.2f})"
         a_pass = f"{row['streamed_bytes'] / gb:.2f} GB"
         if row.get("staged_bytes"):
             a_pass += f", {row['staged_bytes'] / gb:.2f} from the files"
         if row["share_of_limit"] is not None:
             share = f"{100 * row['share_of_limit']:.0f} % of {row['limit_tokens_per_s']:.2f} tok/s"
-    baselines = ("cpu_offload", "auto", "resident")
+    baselines = ("cpu_offload", "auto", "resident", "raw")
     if row.get("read_once_s"):
         cold = row["setup_s"] + row["cold_first_token_s"]
         first += f"; cold, from the disk {cold:.1f} s, {cold / row['read_once_s']:.2f} times to read it once"

@@ -7,6 +7,7 @@ transformers' own conversion mapping answers for all of them, here once, from na
 import copy
 import functools
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -23,6 +24,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from streamer.checkpoint import Checkpoint
 from streamer.errors import MissingTensorError, TensorMismatchError, UnsupportedModelError
+from streamer.ops.lossless.together import CodedPart
 from turboquant import KeyBias
 from turboquant.hf import (
     ATTENTION_NAME,
@@ -109,6 +111,20 @@ class Parameter:
 
 
 @dataclass(frozen=True)
+class UnitCode:
+    """A unit's bytes as packed files have them.
+
+    Attributes:
+        records: name of each part among the packed records. parts: where it lies in the unit, coded and decoded.
+        nbytes: of the unit coded, alignment included.
+    """
+
+    records: tuple[str, ...]
+    parts: tuple[CodedPart, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Unit:
     """Parameters that cross the link in one copy: one large child of a layer, or a slice of the head.
 
@@ -117,12 +133,14 @@ class Unit:
         parameters: in the order in which they lie in the unit's bytes, each aligned.
         group: equal for units that are in use together: the layer's number; a slice of the head is alone.
         rows: for a slice of the head, the first row and the row after the last; None otherwise.
+        code: how its bytes are coded on the way to the device and on it, until they are used; None = they are not.
     """
 
     name: str
     parameters: tuple[Parameter, ...]
     group: int
     rows: tuple[int, int] | None = None
+    code: UnitCode | None = None
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -135,8 +153,13 @@ class Unit:
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of the unit, alignment included."""
+        """Bytes of the unit as it is used, alignment included."""
         return sum(aligned(self.part_bytes(parameter)) for parameter in self.parameters)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the unit as it is kept and moved: coded, or those that are used."""
+        return self.nbytes if self.code is None else self.code.nbytes
 
     def part_bytes(self, parameter: Parameter) -> int:
         """Bytes of the part of `parameter` that this unit holds."""
@@ -149,6 +172,23 @@ class Unit:
         if self.rows is None:
             return parameter.shape
         return (self.rows[1] - self.rows[0], *parameter.shape[1:])
+
+
+def decoded_offsets(units: Sequence[Unit]) -> list[int]:
+    """Where each unit of a pass is decoded: behind the coded units of its layer that come before it."""
+    offsets: list[int] = []
+    ends: Counter[int] = Counter()
+    for unit in units:
+        offsets.append(ends[unit.group])
+        if unit.code is not None:
+            ends[unit.group] += unit.nbytes
+    return offsets
+
+
+def decoded_bytes(units: Sequence[Unit]) -> int:
+    """Bytes in which the coded units of any layer can be decoded side by side: a prompt in chunks needs all of them."""
+    ends = (at + unit.nbytes for at, unit in zip(decoded_offsets(units), units, strict=True) if unit.code is not None)
+    return max(ends, default=0)
 
 
 @dataclass(frozen=True)
@@ -189,7 +229,7 @@ class Architecture:
 
     @property
     def layer_bytes(self) -> int:
-        """Bytes of the units of all layers."""
+        """Bytes of the units of all layers, as they are used."""
         return sum(unit.nbytes for units in self.layers for unit in units)
 
     @property

@@ -21,10 +21,11 @@ from transformers import (
 
 from streamer.architecture import Architecture, bytes_of, read_architecture, reason_of
 from streamer.checkpoint import Checkpoint
+from streamer.codec import make_plan_with_codec, open_packed
 from streamer.errors import ContextLengthError, DoesNotFitError, OptionError, UnsupportedModelError
 from streamer.forecast import Lever, Machine, machine_of_run, next_lever
 from streamer.generation import StopWhen, TokenSink, generation_config, seeded
-from streamer.options import parse_dtype, parse_size
+from streamer.options import AUTO_CODEC, LOSSLESS, parse_dtype, parse_size
 from streamer.plan import (
     CONTEXT_BYTES,
     SPARE_VRAM_BYTES,
@@ -33,7 +34,6 @@ from streamer.plan import (
     Request,
     cache_bytes,
     is_compressed,
-    make_plan,
 )
 from streamer.report import MemoryReport, build_report
 from streamer.resolve import resolve_model
@@ -72,6 +72,8 @@ class StreamingEngine:
         prefill_chunk: tokens of a prompt that go through a layer at a time; default: chosen by the plan.
         resident: layers that stay on the device; default: as many as fit; 0 = stream every layer.
         direct_io: read weights around the page cache; default: where it could not hold what is read in every pass.
+        codec: "lossless" keeps and moves weights as `tq-stream pack` has coded them, and decodes them on the device
+            just before use; "raw" does not; "auto" does where they have been packed and some would stream otherwise.
         offline: never use the network.
         on_note: called with each automatic choice, one line; default: logged as a warning of logger "streamer".
     Raises:
@@ -97,6 +99,7 @@ class StreamingEngine:
         prefill_chunk: int | None = None,
         resident: int | None = None,
         direct_io: bool | None = None,
+        codec: str = AUTO_CODEC,
         offline: bool = False,
         on_note: Callable[[str], None] | None = None,
     ):
@@ -106,6 +109,8 @@ class StreamingEngine:
         for name, value in (("vram", vram), ("resident", resident), ("direct_io", direct_io)):
             if value is not None and self._device.type == "cpu":
                 raise OptionError(f"{name} is for a GPU and this run is on the CPU: leave it out")
+        if codec == LOSSLESS and self._device.type == "cpu":
+            raise OptionError("--codec lossless is for a GPU and this run is on the CPU: leave it out")
         self._vram = parse_size(vram) if vram is not None else None
         self._ram = parse_size(ram) if ram is not None else None
         self._dtype = parse_dtype(str(dtype).removeprefix("torch."))
@@ -117,6 +122,10 @@ class StreamingEngine:
         resolved = resolve_model(str(model), offline=offline, on_line=self.stats.note)
         self.folder = resolved.folder
         self._checkpoint = Checkpoint.open(self.folder)
+        self._codec = codec
+        self._packed, line = open_packed(self._checkpoint, codec)
+        if line is not None:
+            self.stats.note(line)
         self._architecture: Architecture | None = self._read_architecture()
         self._config = self._architecture.decoder_config
         self.stats.num_layers = self._architecture.num_layers
@@ -125,7 +134,7 @@ class StreamingEngine:
         self._lock = threading.RLock()  # one generation at a time: its weights and gates are shared
         if context is not None and context > self.max_context:
             raise _context_error(context, self.max_context)
-        make_plan(self._architecture, self._request(1, 1))  # options that can never fit are refused here
+        self._fitted(self._architecture, self._request(1, 1))  # options that can never fit are refused here
 
     # ------------------------------------------------------------- properties
     @property
@@ -370,7 +379,8 @@ class StreamingEngine:
             self._close_runtime()
         architecture = self._architecture or self._read_architecture()
         biases = architecture.key_biases(self._checkpoint)
-        plan = self._plan(architecture, context, batch, bytes_of(biases, on_gpu=self._device.type == "cuda"))
+        held = bytes_of(biases, on_gpu=self._device.type == "cuda")
+        architecture, plan = self._plan(architecture, context, batch, held)
         for line in plan.notes:
             self.stats.note(line)
         if is_compressed(architecture, plan.request.cache) and kernels_serve(self._device):
@@ -381,22 +391,37 @@ class StreamingEngine:
         has_cap = self._vram is not None
         with current_device(self._device):  # page-locking, too, makes a context where none is
             self._runtime = build_runtime(
-                architecture, plan, biases, self._checkpoint, self._device, self.stats, has_cap=has_cap
+                architecture,
+                plan,
+                biases,
+                self._checkpoint,
+                self._device,
+                self.stats,
+                has_cap=has_cap,
+                packed=self._packed,
             )
         return self._runtime
 
-    def _plan(self, architecture: Architecture, context: int, batch: int, key_bias_bytes: int) -> Plan:
+    def _fitted(
+        self, architecture: Architecture, request: Request, key_bias_bytes: int = 0
+    ) -> tuple[Architecture, Plan]:
+        """A plan, and the architecture with units coded or not as the plan has them."""
+        return make_plan_with_codec(architecture, self._packed, self._codec, request, key_bias_bytes=key_bias_bytes)
+
+    def _plan(
+        self, architecture: Architecture, context: int, batch: int, key_bias_bytes: int
+    ) -> tuple[Architecture, Plan]:
         """A plan with room to spare for the next, longer prompt, or for just this one if no more fits."""
         roomy = max(context, min(self.max_context, DEFAULT_CONTEXT))
         request = self._request(roomy, batch)
         if request.cache.decay == AUTO_DECAY and request.context > context and self._context is None:
             request = replace(request, cache=replace(request.cache, decay=NO_DECAY))  # nothing ages for room to spare
         try:
-            return make_plan(architecture, request, key_bias_bytes=key_bias_bytes)
+            return self._fitted(architecture, request, key_bias_bytes)
         except DoesNotFitError:
             if roomy == context or self._context is not None:
                 raise
-        return make_plan(architecture, self._request(context, batch), key_bias_bytes=key_bias_bytes)
+        return self._fitted(architecture, self._request(context, batch), key_bias_bytes)
 
     # ----------------------------------------------------------------- report
     def memory_report(self, *, link_bytes_per_s: float | None = None) -> MemoryReport:
@@ -413,7 +438,7 @@ class StreamingEngine:
             context = self._context or min(self.max_context, DEFAULT_CONTEXT)
             biases = architecture.key_biases(None)
             held = bytes_of(biases, on_gpu=self._device.type == "cuda")
-            plan = make_plan(architecture, self._request(context, 1), key_bias_bytes=held)
+            architecture, plan = self._fitted(architecture, self._request(context, 1), held)
             return build_report(architecture, plan, None, None, machine=Machine(link), has_budgets=has_budgets)
         runtime, caches = self._runtime, self._runtime.caches
         peak, lever, machine = None, None, machine_of_run(runtime.plan, self.stats, link)
@@ -485,6 +510,7 @@ def plan_report(
     prefill_chunk: int | None = None,
     resident: int | None = None,
     direct_io: bool | None = None,
+    codec: str = AUTO_CODEC,
     offline: bool = False,
     on_note: Callable[[str], None] = logger.warning,
     link_bytes_per_s: float | None = None,
@@ -507,6 +533,7 @@ def plan_report(
     folder = resolve_model(str(model), offline=offline, on_line=on_note).folder
     with Checkpoint.open(folder) as checkpoint:
         architecture = read_architecture(folder, checkpoint, dtype=run_dtype)
+        packed, line = open_packed(checkpoint, codec)
     limit = model_context(architecture.decoder_config)
     request = Request(
         context=context or min(limit, DEFAULT_CONTEXT),
@@ -521,9 +548,10 @@ def plan_report(
     if request.context > limit:
         raise _context_error(request.context, limit)
     held = bytes_of(architecture.key_biases(None), on_gpu=True)
-    plan = make_plan(architecture, request, key_bias_bytes=held)
-    for line in (*architecture.notes, *plan.notes):
-        on_note(line)
+    architecture, plan = make_plan_with_codec(architecture, packed, codec, request, key_bias_bytes=held)
+    for note in (line, *architecture.notes, *plan.notes):
+        if note is not None:
+            on_note(note)
     return build_report(architecture, plan, None, None, machine=Machine(link_bytes_per_s), has_budgets=True)
 
 

@@ -32,7 +32,7 @@ class Weights(Protocol):
     blocked_s: float
 
     def parameter(self, unit: int, parameter: Parameter) -> torch.Tensor: ...
-    def is_streamed(self, unit: int) -> bool: ...
+    def is_lent(self, unit: int) -> bool: ...
     def wait(self, unit: int) -> None: ...
     def release(self, unit: int) -> None: ...
 
@@ -67,13 +67,13 @@ class Gate(nn.Module):
         out = self._owned[0](*args, **kwargs)
         if use.is_last:
             self._weights.release(self._unit)
-            use.is_open, use.is_done = False, self._weights.is_streamed(self._unit)
+            use.is_open, use.is_done = False, self._weights.is_lent(self._unit)
         return out
 
     @property
     def was_used(self) -> bool:
         """Whether a layer that has run has used its part as streaming needs it: once, to the end."""
-        return self.use.is_done or not self._weights.is_streamed(self._unit)
+        return self.use.is_done or not self._weights.is_lent(self._unit)
 
 
 class _Use:

@@ -31,6 +31,9 @@ _BYTES_PER_UNIT = {
     "tib": TIB,
     "tb": 10**12,
 }
+# How weights are kept and moved.
+CODECS = AUTO_CODEC, RAW, LOSSLESS = ("auto", "raw", "lossless")
+
 _SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([a-z]+)", re.ASCII)
 
 _DTYPES = {

@@ -127,7 +127,7 @@ def check_stored(file: int, path: Path, record: Record) -> bytearray:
     """
     stored = read_bytes(file, path, record.offset, record.offset + record.nbytes)
     if digest_of(stored) != record.checksum:
-        raise _altered(path, f"bytes {record.offset} to {record.offset + record.nbytes}")
+        raise altered(path, f"bytes {record.offset} to {record.offset + record.nbytes}")
     return stored
 
 
@@ -146,9 +146,9 @@ def unpack_record(file: int, path: Path, record: Record) -> bytearray:
         try:
             decode(CodedTensor(stored, tuple(weights.shape)), weights)
         except (OptionError, RuntimeError) as error:  # entries that fit neither each other nor the escapes
-            raise _altered(path, place) from error
+            raise altered(path, place) from error
     if digest_of(content) != record.digest:
-        raise _altered(path, place)
+        raise altered(path, place)
     return content
 
 
@@ -202,10 +202,10 @@ class PackedFile:
             if found_bytes < offset + nbytes:
                 raise TruncatedShardError(_shorter(path, found_bytes, offset + nbytes), path=path)
             if found_bytes > offset + nbytes:
-                raise _altered(path, f"bytes {offset + nbytes} to {found_bytes}")
+                raise altered(path, f"bytes {offset + nbytes} to {found_bytes}")
             table = read_bytes(file, path, offset, offset + nbytes)
         if digest_of(table) != checksum.hex():
-            raise _altered(path, f"bytes {offset} to {offset + nbytes}, its table,")
+            raise altered(path, f"bytes {offset} to {offset + nbytes}, its table,")
         try:
             content = json.loads(table)
             source, records = Source(**content["source"]), [Record(**record) for record in content["records"]]
@@ -290,7 +290,8 @@ def _is_cover(records: Sequence[Record], source_bytes: int) -> bool:
     return at == source_bytes
 
 
-def _altered(path: Path, what: str) -> CheckpointError:
+def altered(path: Path, what: str) -> CheckpointError:
+    """The error of a packed file that is not as it was written. what: names its bytes."""
     return CheckpointError(f"{path} has been altered: {what} are not what was written.\n  {_advice(path)}", path=path)
 
 

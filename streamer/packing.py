@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from streamer.checkpoint import Checkpoint
+from streamer.checkpoint import Checkpoint, TensorEntry
 from streamer.errors import CheckpointError, HeaderError, MissingShardError, OptionError, UnsupportedModelError
 from streamer.packed import (
     SUFFIX,
@@ -133,13 +133,11 @@ def pack(folder: Path, cache: Path, *, threads: int, on_progress: Progress | Non
         raise UnsupportedModelError(
             f"{folder} holds {found}, and only bfloat16 weights get smaller without loss: there is nothing to pack"
         )
-    shards = sorted({entry.shard for entry in entries})
-    small = sorted({path for pattern in _SMALL_FILES for path in folder.glob(pattern) if path.is_file()} - {*shards})
-    place = cache / _name(os.fsencode(folder.resolve()))
+    shards, small = _files_of(folder, entries)
+    place = _place(folder, cache)
     cache.mkdir(parents=True, exist_ok=True)
     with _locked(place, folder):
-        # times of modification tell whether files are what they were; only reading them all would be surer
-        sources = [asdict(Source.of(path)) for path in (*shards, *small)]
+        sources = _sources(shards, small)
         known = _read_json(place.with_suffix(".json"))
         if known is not None and known["sources"] == sources and (cache / known["key"]).is_dir():
             return PackedFolder.open(cache / known["key"])
@@ -160,6 +158,22 @@ def pack(folder: Path, cache: Path, *, threads: int, on_progress: Progress | Non
         else:
             part.rename(cache / key)
     return PackedFolder.open(cache / key)
+
+
+def find_packed(checkpoint: Checkpoint, cache: Path) -> PackedFolder | None:
+    """The packed folder that `pack` has made of a checkpoint as it is now; None if there is none.
+
+    Args:
+        checkpoint: opened. cache: as for `pack`.
+    Raises:
+        CheckpointError and its children: there is one, and it is damaged.
+    Source: own.
+    """
+    known = _read_json(_place(checkpoint.folder, cache).with_suffix(".json"))
+    sources = _sources(*_files_of(checkpoint.folder, checkpoint.tensors.values())) if known is not None else None
+    if known is None or known["sources"] != sources or not (cache / known["key"]).is_dir():
+        return None
+    return PackedFolder.open(cache / known["key"])
 
 
 def unpack(packed: PackedFolder, target: Path, *, threads: int, on_progress: Progress | None = None) -> None:
@@ -301,6 +315,23 @@ def _locked(place: Path, folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise OptionError(f"another process is packing {folder}: wait until it has ended") from error
         yield
+
+
+def _files_of(folder: Path, entries: Iterable[TensorEntry]) -> tuple[list[Path], list[Path]]:
+    """The safetensors files of a checkpoint, and the small files beside them."""
+    shards = sorted({entry.shard for entry in entries})
+    found = {path for pattern in _SMALL_FILES for path in folder.glob(pattern) if path.is_file()}
+    return shards, sorted(found - {*shards})
+
+
+def _sources(shards: Iterable[Path], small: Iterable[Path]) -> list[dict[str, Any]]:
+    """What tells whether files are what they were: times of modification. Only reading them all would be surer."""
+    return [asdict(Source.of(path)) for path in (*shards, *small)]
+
+
+def _place(folder: Path, cache: Path) -> Path:
+    """Where a run keeps what it knows of a checkpoint's folder, without a suffix."""
+    return cache / _name(os.fsencode(folder.resolve()))
 
 
 def _name(content: bytes) -> str:

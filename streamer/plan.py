@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from streamer.architecture import Architecture, Unit, aligned, head_slices
+from streamer.architecture import Architecture, Unit, aligned, decoded_bytes, head_slices
 from streamer.errors import DoesNotFitError, OptionError
 from streamer.options import GIB, format_size
 from streamer.schedule import ring_extent
@@ -139,7 +139,7 @@ class Plan:
         terms: lines of the report; their sum by place is the prediction.
         kv_bytes: exact size of the cache's tensors when it holds `context` tokens (key biases included).
         layers_resident: decoder layers none of whose units streams.
-        streamed_bytes: over the link per pass.
+        streamed_bytes: over the link per pass, as they are stored.
         notes: automatic choices.
     """
 
@@ -168,6 +168,17 @@ class Plan:
     def device_bytes(self) -> int:
         """Predicted peak of the process on the device."""
         return self.bytes_at("device")
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether weights of layers are kept and moved coded."""
+        return any(unit.code is not None for unit in self.units)
+
+    @property
+    def coded_share(self) -> float:
+        """Bytes of the layers' weights as they are kept and moved over those that are used; 1 without a code."""
+        layers = [unit for unit in self.units if unit.rows is None]
+        return sum(unit.stored_bytes for unit in layers) / sum(unit.nbytes for unit in layers)
 
 
 def cache_bytes(architecture: Architecture, request: Request) -> int:
@@ -341,10 +352,13 @@ def _device_plan(architecture: Architecture, request: Request, kv_bytes: int, ch
         Term("activations", "device", _activation_bytes(architecture, request, chunk)),
         Term("workspaces and rounding", "device", _WORKSPACE_BYTES),
     ]
+    decoded = decoded_bytes([unit for layer in architecture.layers for unit in layer])
+    if decoded:
+        fixed.append(Term("one decoded layer", "device", decoded))
     left = (request.vram_bytes or 0) - sum(term.nbytes for term in fixed)
     layout = _lay_out(architecture, left, request.resident_layers)
     units, resident = layout.units, layout.resident
-    resident_bytes = sum(unit.nbytes for i, unit in enumerate(units) if i in resident)
+    resident_bytes = sum(unit.stored_bytes for i, unit in enumerate(units) if i in resident)
     streaming_layers = {units[i].group for i in range(len(units)) if i not in resident and units[i].rows is None}
     return Plan(
         request=request,
@@ -361,7 +375,7 @@ def _device_plan(architecture: Architecture, request: Request, kv_bytes: int, ch
         ),
         kv_bytes=kv_bytes,
         layers_resident=architecture.num_layers - len(streaming_layers),
-        streamed_bytes=sum(unit.nbytes for i, unit in enumerate(units) if i not in resident),
+        streamed_bytes=sum(unit.stored_bytes for i, unit in enumerate(units) if i not in resident),
         notes=layout.notes,
     )
 
@@ -373,7 +387,7 @@ def _with_host_memory(architecture: Architecture, plan: Plan) -> Plan:
     host = _lay_out_host(plan.request, plan.units, plan.resident, 0 if is_mapped else table_bytes)
     terms = (
         Term("Python, torch and CUDA", "host", PROCESS_BYTES),
-        Term("page-locked weights", "host", sum(plan.units[i].nbytes for i in host.kept)),
+        Term("page-locked weights", "host", sum(plan.units[i].stored_bytes for i in host.kept)),
         Term("page-locked staging slots", "host", host.staging_bytes),
         Term("weights in conversion", "host", host.converting_bytes),
         Term("embedding table", "file" if is_mapped else "host", table_bytes),
@@ -405,7 +419,7 @@ def _lay_out(architecture: Architecture, left: int, forced: int | None) -> _Layo
     """Fill `left` bytes with residents and a ring; `forced` is the number of resident layers, None = as many as fit."""
     layer_units = [unit for layer in architecture.layers for unit in layer]
     head = head_slices(architecture.head, 1 << 62)
-    everything = sum(unit.nbytes for unit in (*layer_units, *head))
+    everything = sum(unit.stored_bytes for unit in (*layer_units, *head))
     if everything <= left and forced in (None, architecture.num_layers):
         return _Layout((*layer_units, *head), frozenset(range(len(layer_units) + 1)), 0)
     least = _ring_capacity(architecture, _RING_LAYERS)
@@ -414,12 +428,16 @@ def _lay_out(architecture: Architecture, left: int, forced: int | None) -> _Layo
         units, held = (*layer_units, *head), {len(layer_units)}
     else:
         # slices no larger than the largest unit of a layer: the ring has room for them already
-        slices = head_slices(architecture.head, max(unit.nbytes for unit in layer_units))
+        slices = head_slices(architecture.head, max(unit.stored_bytes for unit in layer_units))
         units, held = (*layer_units, *slices), set()
         notes.append(f"the output matrix ({format_size(head[0].nbytes)}) streams in {len(slices)} slices")
     layout = None
-    for capacity in (_ring_capacity(architecture, _RING_LAYERS_FOR_PROMPTS), least):
-        spare = left - capacity - sum(units[i].nbytes for i in held)
+    # a coded layer leaves the ring when it is decoded: a prompt's chunks hold nothing there
+    holds_prompts = (
+        least if all(u.code for u in layer_units) else _ring_capacity(architecture, _RING_LAYERS_FOR_PROMPTS)
+    )
+    for capacity in (holds_prompts, least):
+        spare = left - capacity - sum(units[i].stored_bytes for i in held)
         chosen = _choose_layers(architecture, spare, forced)
         if capacity > least and (spare < 0 or 2 * len(chosen) > architecture.num_layers):
             continue  # where most layers stay, the copy of the next streamed one hides under theirs
@@ -427,28 +445,28 @@ def _lay_out(architecture: Architecture, left: int, forced: int | None) -> _Layo
         if forced is None:
             resident = _fill_up(units, resident, capacity, left)
         layout = _Layout(units, frozenset(resident), _ring_extent(units, resident, capacity), tuple(notes))
-        if layout.ring_bytes <= left - sum(units[i].nbytes for i in resident):
+        if layout.ring_bytes <= left - sum(units[i].stored_bytes for i in resident):
             break
     assert layout is not None  # noqa: S101  the smaller ring is always tried
     return layout
 
 
 def _ring_capacity(architecture: Architecture, layers: float) -> int:
-    sizes = [sum(unit.nbytes for unit in layer) for layer in architecture.layers]
-    largest_unit = max(unit.nbytes for layer in architecture.layers for unit in layer)
+    sizes = [sum(unit.stored_bytes for unit in layer) for layer in architecture.layers]
+    largest_unit = max(unit.stored_bytes for layer in architecture.layers for unit in layer)
     return aligned(max(int(layers * max(sizes)), max(sizes) + largest_unit // 4))
 
 
 def _ring_extent(units: Sequence[Unit], resident: Collection[int], capacity: int) -> int:
     """What the streamed units really take of a ring of that capacity: units do not go round its end."""
     streamed = [unit for i, unit in enumerate(units) if i not in resident]
-    return ring_extent([unit.nbytes for unit in streamed], capacity, [unit.group for unit in streamed])
+    return ring_extent([unit.stored_bytes for unit in streamed], capacity, [unit.group for unit in streamed])
 
 
 def _choose_layers(architecture: Architecture, spare: int, forced: int | None) -> set[int]:
     """Layers that stay, spread evenly: then a pass takes max(copy, compute), whatever their ratio."""
     count = architecture.num_layers
-    layer_bytes = [sum(unit.nbytes for unit in layer) for layer in architecture.layers]
+    layer_bytes = [sum(unit.stored_bytes for unit in layer) for layer in architecture.layers]
     streaming = count - (forced or 0)
     if forced is None:
         # fewest streamed layers whose complement fits: sizes are nearly equal, so walk down from all streamed
@@ -464,10 +482,10 @@ def _choose_layers(architecture: Architecture, spare: int, forced: int | None) -
 def _fill_up(units: Sequence[Unit], resident: set[int], capacity: int, left: int) -> set[int]:
     """Single units of streamed layers, largest first, into what whole layers have left."""
     resident = set(resident)
-    held = sum(units[i].nbytes for i in resident)
+    held = sum(units[i].stored_bytes for i in resident)
     failed: Counter[int] = Counter()  # by size: units of one size differ in what the ring saves, but hardly
-    for i in sorted(range(len(units)), key=lambda i: -units[i].nbytes):
-        size = units[i].nbytes
+    for i in sorted(range(len(units)), key=lambda i: -units[i].stored_bytes):
+        size = units[i].stored_bytes
         if i in resident or held + size > left or failed[size] == _TRIES_PER_SIZE:
             continue
         if held + size + _ring_extent(units, resident | {i}, capacity) <= left:
@@ -507,7 +525,7 @@ class _HostLayout:
 def _lay_out_host(request: Request, units: Sequence[Unit], resident: Collection[int], table_bytes: int) -> _HostLayout:
     """table_bytes: of the embedding table, if it is held in memory."""
     streamed = [i for i in range(len(units)) if i not in resident]
-    needed = sum(units[i].nbytes for i in streamed)
+    needed = sum(units[i].stored_bytes for i in streamed)
     # transformers' conversions make whole parameters, through copies in the stored dtype; pieces of one parameter may
     # still be wanted while the next is made. Measured: 1.5 to 2.5 times the larger of what is stored and what is made
     made = [max(p.nbytes, p.source_bytes) for unit in units for p in unit.parameters if p.conversion is not None]
@@ -517,7 +535,7 @@ def _lay_out_host(request: Request, units: Sequence[Unit], resident: Collection[
     staging = slot * slots
     room = left - staging
     kept = frozenset(streamed) if needed <= room else _spread_kept(units, streamed, needed, room)
-    staged = sum(units[i].nbytes for i in streamed if i not in kept)
+    staged = sum(units[i].stored_bytes for i in streamed if i not in kept)
     free = request.free_ram_bytes if request.free_ram_bytes is not None else request.ram_bytes
     cacheable = free - staging - (needed - staged)
     direct = request.direct_io if request.direct_io is not None else staged > cacheable
@@ -533,11 +551,11 @@ def _lay_out_host(request: Request, units: Sequence[Unit], resident: Collection[
 
 def _slots(units: Sequence[Unit], left: int, needed: int) -> tuple[int, int]:
     """Bytes of a slot and how many: as large as pieces can be, fewer and smaller where memory is scarce."""
-    largest = max(unit.nbytes for unit in units)
+    largest = max(unit.stored_bytes for unit in units)
     slot = SLOT_BYTES
     while slot > SMALLEST_SLOT_BYTES and slot // 2 >= largest + SMALLEST_SLOT_BYTES // 2:
         slot //= 2
-    slots = max(_FEWEST_SLOTS, min(_MOST_SLOTS, -(-sum(unit.nbytes for unit in units) // slot)))
+    slots = max(_FEWEST_SLOTS, min(_MOST_SLOTS, -(-sum(unit.stored_bytes for unit in units) // slot)))
     # smaller slots where everything can be kept beside them; else they take a quarter of the room at most
     limit = left - needed if left - needed >= _FEWEST_SLOTS * min(slot, _USEFUL_SLOT_BYTES) else left // 4
     while slot * slots > limit and (slots > _FEWEST_SLOTS or slot > SMALLEST_SLOT_BYTES):
@@ -553,14 +571,14 @@ def _spread_kept(units: Sequence[Unit], streamed: Sequence[int], needed: int, ro
     kept = set()
     taken = passed = 0
     for i in streamed:
-        passed += units[i].nbytes
-        if taken + units[i].nbytes <= room * passed // needed:
+        passed += units[i].stored_bytes
+        if taken + units[i].stored_bytes <= room * passed // needed:
             kept.add(i)
-            taken += units[i].nbytes
-    for i in sorted(streamed, key=lambda i: -units[i].nbytes):
-        if i not in kept and taken + units[i].nbytes <= room:
+            taken += units[i].stored_bytes
+    for i in sorted(streamed, key=lambda i: -units[i].stored_bytes):
+        if i not in kept and taken + units[i].stored_bytes <= room:
             kept.add(i)
-            taken += units[i].nbytes
+            taken += units[i].stored_bytes
     return frozenset(kept)
 
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from streamer.architecture import Architecture
 from streamer.forecast import BudgetRow, Forecast, Lever, Machine, budget_rows, format_rate, predict
-from streamer.options import GB, GIB, format_size
+from streamer.options import GB, GIB, LOSSLESS, RAW, format_size
 from streamer.plan import CacheSettings, Plan, cache_bytes
 from turboquant.hf import TurboQuantCache
 from turboquant.policy import parse_decay, usual_precision
@@ -40,6 +40,7 @@ class MemoryReport:
         kv_decay: as it was asked for, such as "4096:3,32768:2", or "off".
         layers_resident, num_layers, streamed_bytes: what stays on the device and what crosses the link per pass.
         staged_bytes: of these, read from the files again in every pass.
+        codec: "lossless" where weights of layers are kept and moved coded, else "raw". coded_share: of their bytes.
         link_bytes_per_s: rate of the link that the rest is for; None without one, and on the CPU.
         reader_bytes_per_s: at which files were read in every pass, where a generation waited for them.
         forecast: least time of a decode pass; its fields are None where the link is not known.
@@ -60,6 +61,8 @@ class MemoryReport:
     streamed_bytes: int
     prefill_chunk: int
     staged_bytes: int
+    codec: str
+    coded_share: float
     link_bytes_per_s: float | None
     reader_bytes_per_s: float | None
     forecast: Forecast
@@ -114,6 +117,9 @@ class MemoryReport:
                 f"{self.layers_resident} of {self.num_layers} layers stay on the GPU; "
                 f"{format_size(self.streamed_bytes)} cross the link per pass"
             )
+            if self.codec != RAW:
+                share = f"{100 * self.coded_share:.1f} % of their bytes"
+                lines.append(f"weights of layers are kept and moved coded, without loss: {share}")
             lines.append(f"prompts go through a layer in chunks of {self.prefill_chunk} tokens")
             lines += self._speed()
         return "\n".join(lines)
@@ -230,6 +236,8 @@ def build_report(
         streamed_bytes=plan.streamed_bytes,
         prefill_chunk=plan.prefill_chunk,
         staged_bytes=plan.staged_bytes,
+        codec=LOSSLESS if plan.is_coded else RAW,
+        coded_share=plan.coded_share,
         link_bytes_per_s=link,
         reader_bytes_per_s=machine.reader_bytes_per_s,
         forecast=predict(plan, machine),

@@ -17,7 +17,7 @@ from streamer.options import configures_allocator
 from streamer.plan import CONTEXT_BYTES, CacheSettings, Plan
 from streamer.rates import LINK_BYTES, link_rate
 from streamer.stats import RunStats
-from streamer.weights import DeviceWeights, HostWeights, MappedWeights, PieceReader
+from streamer.weights import DeviceWeights, HostWeights, MappedWeights, PackedWeights, PieceReader
 from turboquant import KeyBias
 from turboquant.hf import TurboQuantCache, install_cache, remove_cache
 
@@ -83,6 +83,7 @@ class Runtime:
     Attributes:
         plan, architecture: what it was made from. model: transformers' model, ready to generate.
         weights: what its streamed modules wait for. caches: makes what generate uses.
+        files: what its weights are read from, packed or not.
         device: of computation. has_cap: torch's allocator is held to the plan's budget.
         link_bytes_per_s: of copies from page-locked memory to the device, measured when it was assembled; None where
             nothing streams.
@@ -93,6 +94,7 @@ class Runtime:
     model: PreTrainedModel
     weights: DeviceWeights | MappedWeights
     caches: CacheFactory
+    files: Checkpoint
     device: torch.device
     has_cap: bool
     link_bytes_per_s: float | None = None
@@ -123,11 +125,13 @@ def build_runtime(
     stats: RunStats,
     *,
     has_cap: bool,
+    packed: PackedWeights | None = None,
 ) -> Runtime:
     """Allocate what the plan says, and assemble the model on it.
 
     Args:
         architecture: its model is changed in place and belongs to the runtime from here on.
+        packed: where coded units are read; stays open as long as the checkpoint.
         has_cap: hold torch's allocator to the plan's budget, less what the process takes beside it.
     """
     has_cap = has_cap and device.type == "cuda"
@@ -138,6 +142,7 @@ def build_runtime(
         total = torch.cuda.get_device_properties(device).total_memory
         allowed = (plan.request.vram_bytes or total) - CONTEXT_BYTES
         torch.cuda.set_per_process_memory_fraction(max(0.0, min(1.0, allowed / total)), device)
+    files = packed.checkpoint if packed is not None and plan.is_coded else checkpoint
     table = read_parameter(architecture.embedding, checkpoint, architecture.model)
     weights: DeviceWeights | MappedWeights | None = None
     link = None
@@ -146,7 +151,7 @@ def build_runtime(
             known = {architecture.head.name: table} if architecture.is_tied else {}
             weights = MappedWeights(checkpoint, architecture.model, plan.units, known)
         else:
-            source = _host_weights(architecture, plan, checkpoint, device)
+            source = _host_weights(architecture, plan, checkpoint, packed, files, device)
             weights = DeviceWeights(plan.units, plan.resident, plan.ring_bytes, source, device)
             if plan.streamed_bytes:
                 # before anything else uses the link, from the slots to the ring: memory that is there anyway
@@ -163,7 +168,7 @@ def build_runtime(
     like = torch.empty(plan.request.batch, 0, dtype=architecture.dtype, device=device)
     caches = CacheFactory(architecture.config, plan.request.cache, key_biases, planned_tokens, like)
     install_cache(model, caches.make)
-    runtime = Runtime(plan, architecture, model, weights, caches, device, has_cap, link)
+    runtime = Runtime(plan, architecture, model, weights, caches, files, device, has_cap, link)
     abort = weakref.WeakMethod(runtime.abort)
 
     def abort_pass() -> None:
@@ -198,9 +203,18 @@ def _let_segments_grow(device: torch.device) -> None:
         logger.warning("GPU memory comes in separate segments, the driver has no growing ones (%s)", error)
 
 
-def _host_weights(architecture: Architecture, plan: Plan, checkpoint: Checkpoint, device: torch.device) -> HostWeights:
-    reader = PieceReader(checkpoint, architecture.model, plan.units, plan.slot_bytes, direct=plan.direct_io)
-    is_warm = not plan.direct_io and checkpoint.cached_share() > _WARM_SHARE
+def _host_weights(
+    architecture: Architecture,
+    plan: Plan,
+    checkpoint: Checkpoint,
+    packed: PackedWeights | None,
+    files: Checkpoint,
+    device: torch.device,
+) -> HostWeights:
+    reader = PieceReader(
+        checkpoint, architecture.model, plan.units, plan.slot_bytes, direct=plan.direct_io, packed=packed
+    )
+    is_warm = not plan.direct_io and files.cached_share() > _WARM_SHARE
     return HostWeights(
         reader, plan.resident, plan.kept, plan.staging_bytes, plan.slot_bytes, device, keeps_late=is_warm
     )

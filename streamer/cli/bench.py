@@ -11,7 +11,7 @@ from streamer.cli.group import CONTEXT_SETTINGS
 from streamer.cli.parameters import TOKENS, engine_options, import_engine, quiet_libraries, refuse_gpu_options
 from streamer.cli.screen import Screen
 from streamer.errors import ContextLengthError, DoesNotFitError
-from streamer.options import GB, format_size
+from streamer.options import GB, RAW, format_size
 
 if TYPE_CHECKING:
     from streamer.checkpoint import Checkpoint
@@ -145,7 +145,8 @@ def _timed(
     if plan.staged_bytes:
         screen.line("measuring the files again, as this plan reads them")
         # the page cache is by now what the run has made it
-        reader_rate = file_rate(checkpoint, direct=plan.direct_io, threads=rates.reader_threads).bytes_per_s
+        files = engine._runtime.files if engine._runtime is not None else checkpoint
+        reader_rate = file_rate(files, direct=plan.direct_io, threads=rates.reader_threads).bytes_per_s
     limit = predict(plan, Machine(rates.pinned_link_bytes_per_s, reader_rate))
     tokens_per_s = timing.tokens_per_s
     assert tokens_per_s is not None  # noqa: S101  at least 2 tokens were made
@@ -169,6 +170,8 @@ def _timed(
         "direct_io": plan.direct_io,
         "layers_resident": plan.layers_resident,
         "num_layers": report.num_layers,
+        "codec": report.codec,
+        "coded_share": report.coded_share,
         "prefill_chunk": plan.prefill_chunk,
         "kv_bits": report.kv_bits,
         "kv_layer_bits": report.kv_layer_bits,
@@ -269,7 +272,8 @@ def _described_pass(found: dict[str, Any], *, on_cpu: bool) -> str:
         return "nothing streams: all layers stay on the GPU"
     layers = f"{found['layers_resident']} of {found['num_layers']} layers stay on the GPU"
     staged = f", {found['staged_bytes'] / GB:.2f} GB of them from the files" if found["staged_bytes"] else ""
-    return f"{found['streamed_bytes'] / GB:.2f} GB over the link{staged}; {layers}"
+    coded = "" if found["codec"] == RAW else f", coded to {100 * found['coded_share']:.1f} %"
+    return f"{found['streamed_bytes'] / GB:.2f} GB over the link{staged}{coded}; {layers}"
 
 
 def _described_bound(found: dict[str, Any], *, on_cpu: bool) -> str:

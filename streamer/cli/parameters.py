@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from streamer.cli.group import ENVIRONMENT_PREFIX
 from streamer.errors import OptionError
 from streamer.interrupts import ends_at_once
-from streamer.options import parse_dtype, parse_size
+from streamer.options import AUTO_CODEC, CODECS, parse_dtype, parse_size
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -164,6 +164,13 @@ _MACHINE_OPTIONS = (
         "--direct-io/--no-direct-io",
         default=None,
         help="Read weights around the page cache.  [default: where it could not hold what is read in every pass]",
+    ),
+    click.option(
+        "--codec",
+        type=click.Choice(CODECS),
+        default=AUTO_CODEC,
+        help="lossless moves weights as tq-stream pack has coded them, in 70 % of the bytes, bit for bit the same; raw "
+        "as they are; auto is lossless where they have been packed and some must stream.",
     ),
     click.option("--offline", is_flag=True, help="Never use the network; HF_HUB_OFFLINE=1 does the same."),
 )

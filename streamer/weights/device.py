@@ -6,6 +6,10 @@
 When a unit is released, the copies that now have room are asked for; those from page-locked memory are queued on the
 spot, by the thread that computes, the others once reader threads have their bytes. No copy or layer synchronises the
 device.
+
+A unit that is coded lies coded in the ring, or among the residents, and is decoded into memory that all layers share
+when it is waited for, in the compute stream: the layer before has been computed when that overwrites its weights. A
+coded unit's place in the ring is free as soon as it is decoded.
 """
 
 import atexit
@@ -17,8 +21,9 @@ from typing import Protocol
 
 import torch
 
-from streamer.architecture import Parameter, Unit
+from streamer.architecture import Parameter, Unit, decoded_bytes, decoded_offsets
 from streamer.errors import StreamerError
+from streamer.ops.lossless.together import PartsDecoder
 from streamer.schedule import schedule_ring
 
 
@@ -55,8 +60,9 @@ class DeviceWeights:
         device: a CUDA device, or the CPU (copies are then synchronous).
 
     Attributes:
-        bytes_moved: to the device so far.
+        bytes_moved: to the device so far, as they are stored.
         blocked_s: seconds for which the computing thread has waited until bytes had been read.
+        resident_bytes, ring, decoded: uint8 on the device: units that stay, units that stream, and a decoded layer.
     """
 
     def __init__(
@@ -71,21 +77,26 @@ class DeviceWeights:
         self._source: UnitSource | None = source
         self._resident = [i in resident for i in range(len(units))]
         self._streamed = [i for i in range(len(units)) if not self._resident[i]]
-        held_bytes = sum(units[i].nbytes for i in sorted(resident))
+        held_bytes = sum(units[i].stored_bytes for i in sorted(resident))
         self.resident_bytes = torch.empty(held_bytes, dtype=torch.uint8, device=device)
         self.ring = torch.empty(ring_bytes if self._streamed else 0, dtype=torch.uint8, device=device)
-        sizes, groups = [units[i].nbytes for i in self._streamed], [units[i].group for i in self._streamed]
+        self.decoded = torch.empty(decoded_bytes(units), dtype=torch.uint8, device=device)
+        self._decoders = [PartsDecoder(unit.code.parts, device) if unit.code else None for unit in units]
+        self._decoded = [
+            self.decoded[at : at + unit.nbytes] for at, unit in zip(decoded_offsets(units), units, strict=True)
+        ]
+        sizes, groups = [units[i].stored_bytes for i in self._streamed], [units[i].group for i in self._streamed]
         self._schedule = schedule_ring(sizes, self.ring.nbytes, groups)
         self._slot = {unit: slot for slot, unit in enumerate(self._streamed)}
         self._places: list[torch.Tensor] = []
         at = 0
         for i, unit in enumerate(units):
             if self._resident[i]:
-                self._places.append(self.resident_bytes[at : at + unit.nbytes])
-                at += unit.nbytes
+                self._places.append(self.resident_bytes[at : at + unit.stored_bytes])
+                at += unit.stored_bytes
             else:
                 start = self._schedule.offsets[self._slot[i]]
-                self._places.append(self.ring[start : start + unit.nbytes])
+                self._places.append(self.ring[start : start + unit.stored_bytes])
         self._loaded = [False] * len(units)  # resident units that have arrived
         self._issued = [0] * len(self._streamed)  # copies asked for so far, by slot
         self._released = [0] * len(self._streamed)
@@ -118,15 +129,16 @@ class DeviceWeights:
         """The view that a parameter of a unit is bound to, once: its place never changes."""
         owner = self._units[unit]
         start = owner.offsets[owner.parameters.index(parameter)]
-        part = self._places[unit][start : start + owner.part_bytes(parameter)]
+        place = self._places[unit] if owner.code is None else self._decoded[unit]
+        part = place[start : start + owner.part_bytes(parameter)]
         return part.view(parameter.dtype).view(owner.part_shape(parameter))
 
-    def is_streamed(self, unit: int) -> bool:
-        """Whether the unit goes through the ring: its bytes are there between wait and release only."""
-        return not self._resident[unit]
+    def is_lent(self, unit: int) -> bool:
+        """Whether the unit's bytes are there between wait and release only: it goes through the ring, or is coded."""
+        return not self._resident[unit] or self._decoders[unit] is not None
 
     def wait(self, unit: int) -> None:
-        """Let the compute stream wait until the unit's bytes have arrived; ask for copies that are due.
+        """Let the compute stream wait for the unit's bytes, and decode them; ask for copies that are due.
 
         Raises:
             StreamerError: the engine has been closed.
@@ -137,11 +149,18 @@ class DeviceWeights:
         # an abort was interrupted itself; or readers that ran ahead of the last pass met a fault, which may be mended
         if self._is_aborting or (unit == 0 and self._source.has_failed):
             self.abort()
+        if not self._loaded[unit]:
+            self._wait_for_copy(unit)
+        decoder = self._decoders[unit]
+        if decoder is not None:
+            decoder.decode(self._places[unit], self._decoded[unit])
+            self._give_back(unit)
+
+    def _wait_for_copy(self, unit: int) -> None:
+        """Let the compute stream wait until the copy of a unit has ended."""
+        assert self._source is not None  # noqa: S101  wait says that it was closed
         loads = 1
-        if self._resident[unit]:
-            if self._loaded[unit]:
-                return
-        else:
+        if not self._resident[unit]:
             slot = self._slot[unit]
             while self._issued[slot] <= self._released[slot]:
                 self._issue()
@@ -154,10 +173,15 @@ class DeviceWeights:
             torch.cuda.current_stream(self._device).wait_event(self._source.arrived[unit])
         if self._resident[unit]:
             self._loaded[unit] = True
-            self.bytes_moved += self._units[unit].nbytes
+            self.bytes_moved += self._units[unit].stored_bytes
 
     def release(self, unit: int) -> None:
         """The computation that reads the unit is queued; its bytes may be overwritten after it."""
+        if self._decoders[unit] is None:
+            self._give_back(unit)
+
+    def _give_back(self, unit: int) -> None:
+        """What reads the unit's place in the ring is queued; copies to it may come after that."""
         if self._resident[unit]:
             return
         slot = self._slot[unit]
@@ -191,7 +215,7 @@ class DeviceWeights:
         unit = self._streamed[slot]
         self._source.grant(unit, self._issued[slot])
         self._issued[slot] += 1
-        self.bytes_moved += self._units[unit].nbytes
+        self.bytes_moved += self._units[unit].stored_bytes
         self._next = (slot + 1) % len(self._streamed)
 
     def abort(self) -> None:
@@ -216,8 +240,8 @@ class DeviceWeights:
             _LIVE.discard(self._source)
             self._source.close()
         self._source = None
-        self._places = []
-        self.ring = self.resident_bytes = torch.empty(0, dtype=torch.uint8)
+        self._places, self._decoded, self._decoders = [], [], []
+        self.ring = self.resident_bytes = self.decoded = torch.empty(0, dtype=torch.uint8)
 
 
 def _abandon(source: UnitSource) -> None:

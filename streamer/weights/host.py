@@ -158,7 +158,7 @@ class HostWeights:
         return self._error is not None
 
     def start(self, places: Sequence[torch.Tensor], stream: torch.cuda.Stream | None) -> None:
-        """Begin to read; places: [nbytes] uint8 on the device for each unit. stream: where copies are queued."""
+        """Begin to read; places: [stored_bytes] uint8 on the device for each unit. stream: where copies are queued."""
         self._places, self._stream = places, stream
         with self._lock:
             self._start_workers()
@@ -292,11 +292,11 @@ class HostWeights:
                 groups.append([])
                 size = 0
             groups[-1].append(unit)
-            size += self._units[unit].nbytes
+            size += self._units[unit].stored_bytes
         for number, group in enumerate(groups):
             if self._stops:
                 return
-            memory = self._prepared(sum(self._units[unit].nbytes for unit in group))
+            memory = self._prepared(sum(self._units[unit].stored_bytes for unit in group))
             if memory is None:
                 left = [unit for later in groups[number:] for unit in later]
                 self._give_up(left)
@@ -305,8 +305,8 @@ class HostWeights:
             with self._lock:
                 self._segments.append(memory)
                 for unit in group:
-                    self._ready_memory[unit] = memory.tensor[at : at + self._units[unit].nbytes]
-                    at += self._units[unit].nbytes
+                    self._ready_memory[unit] = memory.tensor[at : at + self._units[unit].stored_bytes]
+                    at += self._units[unit].stored_bytes
 
     def _prepared(self, nbytes: int) -> HostMemory | None:
         try:
@@ -322,7 +322,7 @@ class HostWeights:
 
     def _give_up(self, units: Sequence[int]) -> None:
         """Units that there is no page-locked memory for are read from the files in every pass."""
-        lost = sum(self._units[unit].nbytes for unit in units)
+        lost = sum(self._units[unit].stored_bytes for unit in units)
         had = sum(segment.tensor.nbytes for segment in self._segments)
         logger.warning(
             "the system page-locks no more than %s of host memory: %s of weights are read from the files in every pass",
@@ -529,7 +529,7 @@ class MappedWeights:
         rows = self._units[unit].rows
         return value if rows is None else value[rows[0] : rows[1]]
 
-    def is_streamed(self, unit: int) -> bool:
+    def is_lent(self, unit: int) -> bool:
         """Never: the bytes stay where they are."""
         return False
 

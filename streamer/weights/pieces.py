@@ -8,7 +8,7 @@ import ctypes
 import mmap
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,29 +16,43 @@ from transformers import PreTrainedModel
 
 from streamer.architecture import Parameter, Unit, read_parameter
 from streamer.checkpoint import DIRECT_BYTES, Checkpoint
+from streamer.weights.packed import PackedWeights
 
 # What a thread reads at once to cast it: small enough to be in its core's cache when the cast comes.
 _CAST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Bytes start <= b < stop of a parameter, as it is run; `at` is where they lie in the unit."""
+class _Range:
+    """Bytes start <= b < stop of something that is read; `at` is where they lie in the unit."""
 
-    parameter: Parameter
     start: int
     stop: int
     at: int
 
     @property
     def nbytes(self) -> int:
-        """Length of the part."""
+        """Length of the range."""
         return self.stop - self.start
 
     @property
     def room(self) -> int:
-        """What the part takes in a slot at most: reads around the page cache take whole blocks."""
+        """What it takes in a slot at most: reads around the page cache take whole blocks."""
         return -(-(self.nbytes + 2 * DIRECT_BYTES) // DIRECT_BYTES) * DIRECT_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Part(_Range):
+    """Bytes of a parameter, as it is run."""
+
+    parameter: Parameter
+
+
+@dataclass(frozen=True, slots=True)
+class CodedBytes(_Range):
+    """Bytes of a packed record, as they are stored. record: its name."""
+
+    record: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +60,7 @@ class Piece:
     """Parts of one unit that are read at once. unit: its index."""
 
     unit: int
-    parts: tuple[Part, ...]
+    parts: tuple[Part | CodedBytes, ...]
 
 
 def split(unit: Unit, index: int, slot_bytes: int) -> tuple[Piece, ...]:
@@ -57,22 +71,33 @@ def split(unit: Unit, index: int, slot_bytes: int) -> tuple[Piece, ...]:
     """
     longest = (slot_bytes - 3 * DIRECT_BYTES) // DIRECT_BYTES * DIRECT_BYTES
     pieces: list[Piece] = []
-    parts: list[Part] = []
+    parts: list[Part | CodedBytes] = []
     taken = 0
+    for part in _parts(unit, longest):
+        if parts and taken + part.room > slot_bytes:
+            pieces.append(Piece(index, tuple(parts)))
+            parts, taken = [], 0
+        parts.append(part)
+        taken += part.room
+    if parts or not pieces:  # a unit without bytes is loaded too
+        pieces.append(Piece(index, tuple(parts)))
+    return tuple(pieces)
+
+
+def _parts(unit: Unit, longest: int) -> Iterator[Part | CodedBytes]:
+    """What a unit's stored bytes are made of, none longer than that."""
+    if unit.code is not None:
+        for record, part in zip(unit.code.records, unit.code.parts, strict=True):
+            for start in range(0, part.stored_bytes, longest):
+                stop = min(start + longest, part.stored_bytes)
+                yield CodedBytes(start, stop, part.stored_at + start, record)
+        return
     for parameter, offset in zip(unit.parameters, unit.offsets, strict=True):
         length = unit.part_bytes(parameter)
         first = 0 if unit.rows is None else parameter.nbytes // parameter.shape[0] * unit.rows[0]
         for start in range(0, length, longest):
             stop = min(start + longest, length)
-            part = Part(parameter, first + start, first + stop, offset + start)
-            if parts and taken + part.room > slot_bytes:
-                pieces.append(Piece(index, tuple(parts)))
-                parts, taken = [], 0
-            parts.append(part)
-            taken += part.room
-    if parts or not pieces:  # a unit without bytes is loaded too
-        pieces.append(Piece(index, tuple(parts)))
-    return tuple(pieces)
+            yield Part(first + start, first + stop, offset + start, parameter)
 
 
 class PieceReader:
@@ -83,6 +108,7 @@ class PieceReader:
         units: of a pass. slot_bytes: size of a piece at most.
         direct: read around the page cache; what transformers makes of several tensors is read from the files' maps
             all the same.
+        packed: where coded units are read; stays open.
     """
 
     def __init__(
@@ -93,8 +119,10 @@ class PieceReader:
         slot_bytes: int,
         *,
         direct: bool = False,
+        packed: PackedWeights | None = None,
     ):
         self.units, self.direct = units, direct
+        self._packed = packed
         self.pieces = [split(unit, index, slot_bytes) for index, unit in enumerate(units)]
         self._checkpoint, self._model = checkpoint, weakref.ref(model)
         self._converting = threading.Lock()
@@ -108,7 +136,7 @@ class PieceReader:
         Args:
             piece: one of self.pieces.
             slot: [slot_bytes] uint8 on the host, page-aligned.
-            place: [nbytes of the unit] uint8 on the host where the unit is kept; None = leave the bytes in the slot.
+            place: [stored_bytes of the unit] uint8 on the host where the unit is kept; None = leave bytes in the slot.
         Returns:
             for each part its offset in the unit, and the bytes as a view of `place` or of `slot`.
         Raises:
@@ -120,7 +148,9 @@ class PieceReader:
             own = None if place is None else place[part.at : part.at + part.nbytes]
             room = slot[taken : taken + part.room]
             taken += part.room
-            if part.parameter.conversion is not None or not part.parameter.is_stored_as_run:
+            if isinstance(part, Part) and (
+                part.parameter.conversion is not None or not part.parameter.is_stored_as_run
+            ):
                 target = room[: part.nbytes] if own is None else own
                 self._convert(piece.unit, part, target)
             elif own is not None and not self.direct:
@@ -134,7 +164,10 @@ class PieceReader:
             views.append((part.at, target))
         return views
 
-    def _read(self, part: Part, buffer: torch.Tensor) -> torch.Tensor:
+    def _read(self, part: Part | CodedBytes, buffer: torch.Tensor) -> torch.Tensor:
+        if isinstance(part, CodedBytes):
+            assert self._packed is not None  # noqa: S101  units are coded by what is packed
+            return self._packed.read(part.record, part.start, part.stop, buffer, direct=self.direct)
         name = part.parameter.sources[-1]
         return self._checkpoint.read_part(name, part.start, part.stop, buffer, direct=self.direct)
 
@@ -154,7 +187,8 @@ class PieceReader:
                 if model is None:
                     raise RuntimeError("the model has been dropped while its weights were read")
                 value = read_parameter(parameter, self._checkpoint, model).reshape(-1)
-                left = sum(p.parameter is parameter for piece in self.pieces[unit] for p in piece.parts)
+                parts = (p for piece in self.pieces[unit] for p in piece.parts if isinstance(p, Part))
+                left = sum(p.parameter is parameter for p in parts)
             if left > 1:
                 self._made[key] = value, left - 1
         target.view(parameter.dtype).copy_(value[first:last])

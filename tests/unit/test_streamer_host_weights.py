@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 import torch
 
+from streamer import packed
 from streamer.architecture import Architecture, read_architecture, read_parameter
 from streamer.benchmark import unmapped_host_bytes
 from streamer.checkpoint import Checkpoint
 from streamer.errors import CheckpointError, StreamerError
-from streamer.weights import DeviceWeights, HostWeights, PieceReader
+from streamer.packing import find_packed, pack
+from streamer.weights import DeviceWeights, HostWeights, PackedWeights, PieceReader
 from streamer.weights.memory import HostMemory
 
 CPU = torch.device("cpu")
@@ -47,13 +49,14 @@ class Stream:
         threads: int = 3,
         direct: bool = False,
         keeps_late: bool = False,
+        packed: PackedWeights | None = None,
     ):
         self.units = [unit for layer in architecture.layers for unit in layer]
-        reader = PieceReader(checkpoint, architecture.model, self.units, SLOT_BYTES, direct=direct)
+        reader = PieceReader(checkpoint, architecture.model, self.units, SLOT_BYTES, direct=direct, packed=packed)
         self.host = HostWeights(
             reader, resident, kept, slots * SLOT_BYTES, SLOT_BYTES, CPU, threads=threads, keeps_late=keeps_late
         )
-        layer = max(sum(unit.nbytes for unit in layer) for layer in architecture.layers)
+        layer = max(sum(unit.stored_bytes for unit in layer) for layer in architecture.layers)
         self.weights = DeviceWeights(self.units, resident, 2 * layer, self.host, CPU)
         self.weights.ring.fill_(0xFF)
         self.wanted = [
@@ -66,8 +69,10 @@ class Stream:
                 self.weights.wait(index)
                 for parameter, wanted in zip(unit.parameters, self.wanted[index], strict=True):
                     assert torch.equal(self.weights.parameter(index, parameter), wanted), parameter.name
-                if self.weights.is_streamed(index):
-                    self.weights._places[index].fill_(0xFF)  # nobody may count on it after this
+                if unit.code is not None:
+                    self.weights._decoded[index].fill_(0xFF)  # nobody may count on it after this
+                elif self.weights.is_lent(index):
+                    self.weights._places[index].fill_(0xFF)
                 self.weights.release(index)
                 time.sleep(pause_s)
 
@@ -119,6 +124,94 @@ def test_every_pass_finds_the_checkpoints_bytes(
         assert stream.host.staging.tensor.numel() == 0, "the slots go back to the system"
         stream.run(passes=3)
     stream.weights.close()
+
+
+@pytest.fixture
+def packed_architecture(
+    random_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Architecture, Checkpoint, PackedWeights]]:
+    """Matrices of one to six records, some of which need several slots; norms and biases among them."""
+    monkeypatch.setattr(packed, "SLICE_BYTES", 64 << 10)
+    folder = random_checkpoint("qwen2", num_hidden_layers=6, hidden_size=128, intermediate_size=352, dtype="bfloat16")
+    pack(folder, tmp_path / "packed", threads=1)
+    with Checkpoint.open(folder) as checkpoint:
+        found = find_packed(checkpoint, tmp_path / "packed")
+        assert found is not None
+        weights = PackedWeights(found, checkpoint)
+        yield weights.coded(read_architecture(folder, checkpoint)), checkpoint, weights
+        weights.close()
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize(
+    ("resident", "kept"),
+    [(set(), ALL), (set(), {0, 3, 4, 9}), ({2, 3, 7}, {0, 11}), (ALL, set())],
+    ids=["kept", "partly-kept", "resident-staged", "resident"],
+)
+def test_coded_units_are_decoded_into_the_checkpoints_bytes(
+    packed_architecture: tuple[Architecture, Checkpoint, PackedWeights],
+    resident: set[int],
+    kept: set[int],
+    direct: bool,
+) -> None:
+    coded, checkpoint, packed_weights = packed_architecture
+    stream = Stream(coded, checkpoint, resident, kept, direct=direct, packed=packed_weights)
+    assert all(unit.stored_bytes < 0.75 * unit.nbytes for unit in stream.units)
+    layer = max(sum(unit.nbytes for unit in layer) for layer in coded.layers)
+    assert stream.weights.decoded.nbytes == layer
+    stream.weights.start()
+    stream.run(passes=6)
+    assert all(stream.weights.is_lent(index) for index in ALL), "all layers share the memory that they are decoded to"
+    sizes = [unit.stored_bytes for unit in stream.units]
+    streamed = sum(size for index, size in enumerate(sizes) if index not in resident)
+    assert 0 <= stream.weights.bytes_moved - sum(sizes) - 5 * streamed <= streamed
+    stream.weights.close()
+
+
+def test_a_units_place_is_free_when_it_is_decoded(
+    packed_architecture: tuple[Architecture, Checkpoint, PackedWeights],
+) -> None:
+    """A prompt in chunks holds a whole layer: the copies of the next one must not wait for its end."""
+    coded, checkpoint, packed_weights = packed_architecture
+    stream = Stream(coded, checkpoint, set(), ALL, packed=packed_weights)
+    stream.weights.start()
+    for index in range(6):
+        stream.weights.wait(index)
+    slots = stream.weights
+    assert slots._released[:6] == [1] * 6
+    assert sum(slots._issued) >= 6 + 3
+    stream.weights.close()
+
+
+def test_packed_bytes_are_checked_when_they_are_read_for_the_first_time(
+    packed_architecture: tuple[Architecture, Checkpoint, PackedWeights],
+) -> None:
+    _, _, weights = packed_architecture
+    name, entry = next(iter(weights.checkpoint.tensors.items()))
+    with entry.shard.open("r+b") as file:
+        file.seek(entry.offset)
+        byte = file.read(1)
+        file.seek(entry.offset)
+        file.write(bytes([byte[0] ^ 1]))
+    buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
+    with pytest.raises(CheckpointError, match=rf"{entry.shard.name} has been altered: bytes {entry.offset} to"):
+        weights.read(name, 0, entry.nbytes, buffer, direct=False)
+    with entry.shard.open("r+b") as file:
+        file.seek(entry.offset)
+        file.write(byte)
+    assert weights.read(name, 0, entry.nbytes, buffer, direct=False)[0] == byte[0]
+
+
+def test_units_with_bytes_that_are_not_packed_as_they_run_stay_as_they_are(
+    random_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = random_checkpoint("qwen2", num_hidden_layers=2, dtype="bfloat16")
+    pack(folder, tmp_path / "packed", threads=1)
+    with Checkpoint.open(folder) as checkpoint:
+        found = find_packed(checkpoint, tmp_path / "packed")
+        assert found is not None
+        cast = PackedWeights(found, checkpoint).coded(read_architecture(folder, checkpoint, dtype="float32"))
+        assert not any(unit.code for layer in cast.layers for unit in layer)
 
 
 def test_kept_units_are_read_once_and_the_others_in_every_pass(architecture: tuple[Architecture, Checkpoint]) -> None:

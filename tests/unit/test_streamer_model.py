@@ -79,7 +79,7 @@ class _Recorded(MappedWeights):
     def __init__(self) -> None:
         self.calls = list[str]()
 
-    def is_streamed(self, unit: int) -> bool:
+    def is_lent(self, unit: int) -> bool:
         return True
 
     def wait(self, unit: int) -> None:

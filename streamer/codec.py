@@ -1,0 +1,91 @@
+"""Whether a run keeps and moves its weights coded: what was asked, what has been packed, and what the plans say."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from streamer.architecture import Architecture
+from streamer.checkpoint import Checkpoint
+from streamer.errors import CheckpointError, DoesNotFitError, OptionError
+from streamer.options import AUTO_CODEC, CODECS, LOSSLESS, RAW, cache_dir
+from streamer.packing import find_packed
+from streamer.plan import Plan, Request, make_plan
+from streamer.weights import PackedWeights
+
+
+def open_packed(checkpoint: Checkpoint, codec: str) -> tuple[PackedWeights | None, str | None]:
+    """The packed weights of a checkpoint that a run may use.
+
+    Args:
+        checkpoint: opened; stays open as long as the weights. codec: one of CODECS.
+    Returns:
+        the weights, None without any; and a line to tell, None if there is nothing to tell.
+    Raises:
+        OptionError: lossless was asked for, and the checkpoint has not been packed as it is now. CheckpointError and
+            its children: lossless was asked for, and a packed file is damaged.
+    Source: own.
+    """
+    if codec not in CODECS:
+        raise OptionError(f"codec {codec!r} is not known: write {', '.join(CODECS[:-1])} or {CODECS[-1]}")
+    if codec == RAW:
+        return None, None
+    try:
+        folder = find_packed(checkpoint, cache_dir() / "packed")
+    except CheckpointError as error:
+        if codec == LOSSLESS:
+            raise
+        return None, f"packed weights are left aside: {error}"
+    if folder is None:
+        if codec == LOSSLESS:
+            raise OptionError(
+                f"--codec lossless needs packed weights, and {checkpoint.folder} has not been packed as it is now: run "
+                f"tq-stream pack {checkpoint.folder} first"
+            )
+        return None, None
+    return PackedWeights(folder, checkpoint), None
+
+
+def make_plan_with_codec(
+    architecture: Architecture,
+    packed: PackedWeights | None,
+    codec: str,
+    request: Request,
+    *,
+    key_bias_bytes: int = 0,
+) -> tuple[Architecture, Plan]:
+    """The plan of a run with the weights as asked for, and the architecture with units as it has them.
+
+    With "auto" weights are coded if they were packed and fewer bytes cross the link then. Where everything fits as it
+    is, decoding would only take time.
+
+    Args:
+        architecture: none of whose units is coded. packed: of `open_packed`. request, key_bias_bytes: as in make_plan.
+    Raises:
+        DoesNotFitError, OptionError: as make_plan.
+    Source: own.
+    """
+
+    def planned(own: Architecture) -> Plan:
+        return make_plan(own, request, key_bias_bytes=key_bias_bytes)
+
+    if packed is None or codec == RAW or request.vram_bytes is None:
+        return architecture, planned(architecture)
+    coded = packed.coded(architecture)
+    if codec == AUTO_CODEC:
+        as_it_is, plan = (_if_it_fits(planned, own) for own in (architecture, coded))
+        if plan is None or (as_it_is is not None and as_it_is.streamed_bytes <= plan.streamed_bytes):
+            return architecture, as_it_is or planned(architecture)
+    else:
+        plan = planned(coded)
+    line = (
+        f"weights of layers are kept and moved coded, without loss: {100 * plan.coded_share:.1f} % of their bytes"
+        if plan.is_coded
+        else "no weights get smaller coded: they are kept and moved as they are"
+    )
+    return coded, replace(plan, notes=(*plan.notes, line))
+
+
+def _if_it_fits(planned: Callable[[Architecture], Plan], architecture: Architecture) -> Plan | None:
+    try:
+        return planned(architecture)
+    except DoesNotFitError:
+        return None

@@ -1,0 +1,171 @@
+"""Which runs keep and move their weights coded, what their plans say, and what is refused."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from streamer import StreamingEngine
+from streamer.architecture import Architecture, decoded_bytes, read_architecture
+from streamer.checkpoint import Checkpoint
+from streamer.cli import main
+from streamer.codec import make_plan_with_codec, open_packed
+from streamer.engine import plan_report
+from streamer.errors import CheckpointError, DoesNotFitError, OptionError
+from streamer.options import GIB, MIB, cache_dir
+from streamer.packing import pack
+from streamer.plan import Plan, Request, make_plan
+from streamer.weights import PackedWeights
+
+LAYERS = 8
+
+
+@pytest.fixture
+def folder(random_checkpoint: Callable[..., Path]) -> Path:
+    return random_checkpoint(
+        "qwen2", num_hidden_layers=LAYERS, hidden_size=512, intermediate_size=2048, dtype="bfloat16"
+    )
+
+
+@pytest.fixture
+def packed_model(folder: Path) -> Iterator[tuple[Architecture, PackedWeights]]:
+    pack(folder, cache_dir() / "packed", threads=1)
+    with Checkpoint.open(folder) as checkpoint:
+        packed, line = open_packed(checkpoint, "auto")
+        assert packed is not None
+        assert line is None
+        yield read_architecture(folder, checkpoint), packed
+        packed.close()
+
+
+def least_request(architecture: Architecture) -> Request:
+    """A budget in which a ring fits and no layer stays, weights as they are."""
+    plan = make_plan(architecture, Request(128, vram_bytes=8 * GIB, ram_bytes=8 * GIB, resident_layers=0))
+    return Request(128, vram_bytes=plan.device_bytes, ram_bytes=8 * GIB)
+
+
+def layers_bytes(plan: Plan) -> int:
+    return sum(unit.stored_bytes for unit in plan.units if unit.rows is None)
+
+
+def test_coded_layers_leave_room_for_more_of_them(packed_model: tuple[Architecture, PackedWeights]) -> None:
+    architecture, packed = packed_model
+    request = least_request(architecture)
+    # half of the layers as they are
+    request = replace(request, vram_bytes=(request.vram_bytes or 0) + architecture.layer_bytes // 2)
+    raw, _ = plans = [make_plan_with_codec(architecture, packed, codec, request)[1] for codec in ("raw", "auto")]
+    assert [plan.is_coded for plan in plans] == [False, True]
+    coded = plans[1]
+    assert coded.coded_share == layers_bytes(coded) / layers_bytes(raw) < 0.715
+    assert raw.layers_resident < coded.layers_resident <= LAYERS
+    assert coded.streamed_bytes < raw.streamed_bytes / 1.4
+    assert coded.device_bytes <= (request.vram_bytes or 0)
+    assert {term.name: term.nbytes for term in coded.terms}["one decoded layer"] == architecture.layer_bytes // LAYERS
+    assert coded.notes[-1] == "weights of layers are kept and moved coded, without loss: 70.1 % of their bytes"
+
+
+def test_a_ring_of_coded_layers_holds_no_prompt(packed_model: tuple[Architecture, PackedWeights]) -> None:
+    """A prompt's chunks read a decoded layer: the ring need not hold it beside the next one."""
+    architecture, packed = packed_model
+    request = replace(least_request(architecture), vram_bytes=8 * GIB, resident_layers=0)
+    coded, plan = make_plan_with_codec(architecture, packed, "lossless", request)
+    layer = max(sum(unit.stored_bytes for unit in layer) for layer in coded.layers)
+    assert plan.ring_bytes <= 1.2 * layer + 256
+    assert make_plan(architecture, request).ring_bytes > 1.8 * layer
+
+
+def test_what_fits_as_it_is_stays_so_unless_asked(packed_model: tuple[Architecture, PackedWeights]) -> None:
+    architecture, packed = packed_model
+    request = Request(128, vram_bytes=8 * GIB, ram_bytes=8 * GIB)
+    assert not make_plan_with_codec(architecture, packed, "auto", request)[1].is_coded
+    plan = make_plan_with_codec(architecture, packed, "lossless", request)[1]
+    assert plan.is_coded
+    assert not plan.streamed_bytes
+
+
+def test_auto_takes_whichever_fits(packed_model: tuple[Architecture, PackedWeights]) -> None:
+    """As they are, two layers must fit the ring; coded, one decoded layer and 1.2 coded ones."""
+    architecture, packed = packed_model
+    request = replace(least_request(architecture), prefill_chunk=64)
+    for change in (0, -4 * MIB, -8 * MIB, -12 * MIB, -GIB):
+        changed = replace(request, vram_bytes=(request.vram_bytes or 0) + change)
+        found = []
+        for codec in ("raw", "lossless", "auto"):
+            try:
+                found.append(make_plan_with_codec(architecture, packed, codec, changed)[1])
+            except DoesNotFitError:
+                found.append(None)
+        raw, coded, auto = found
+        assert (auto is None) == (raw is None and coded is None)
+        if auto is not None:
+            assert auto.streamed_bytes == min(plan.streamed_bytes for plan in (raw, coded) if plan is not None)
+
+
+def test_the_cpu_reads_weights_as_they_are(packed_model: tuple[Architecture, PackedWeights], folder: Path) -> None:
+    architecture, packed = packed_model
+    assert not make_plan_with_codec(architecture, packed, "lossless", Request(16, ram_bytes=8 * GIB))[1].is_coded
+    with pytest.raises(OptionError, match="--codec lossless is for a GPU"):
+        StreamingEngine(folder, device="cpu", codec="lossless")
+    StreamingEngine(folder, device="cpu", codec="auto").close()
+
+
+def test_lossless_without_packed_weights_says_what_to_type(folder: Path) -> None:
+    with Checkpoint.open(folder) as checkpoint:
+        assert open_packed(checkpoint, "auto") == (None, None)
+        with pytest.raises(OptionError, match=f"run tq-stream pack {folder} first"):
+            open_packed(checkpoint, "lossless")
+        with pytest.raises(OptionError, match="write auto, raw or lossless"):
+            open_packed(checkpoint, "zip")
+
+
+def test_packed_weights_of_other_files_are_not_used(
+    packed_model: tuple[Architecture, PackedWeights], folder: Path
+) -> None:
+    del packed_model
+    shard = next(folder.glob("*.safetensors"))
+    status = shard.stat()
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    try:
+        with Checkpoint.open(folder) as checkpoint:
+            assert open_packed(checkpoint, "auto") == (None, None)
+    finally:
+        os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_damaged_packed_weights_are_left_aside_or_refused(
+    packed_model: tuple[Architecture, PackedWeights], folder: Path
+) -> None:
+    _, packed = packed_model
+    file = next(iter(packed.checkpoint.tensors.values())).shard
+    file.write_bytes(file.read_bytes()[:-1])
+    with Checkpoint.open(folder) as checkpoint:
+        found, line = open_packed(checkpoint, "auto")
+        assert found is None
+        assert line is not None
+        assert "packed weights are left aside" in line
+        assert file.name in line
+        with pytest.raises(CheckpointError, match=file.name):
+            open_packed(checkpoint, "lossless")
+
+
+def test_the_report_and_its_command_know_coded_sizes(
+    packed_model: tuple[Architecture, PackedWeights], folder: Path
+) -> None:
+    architecture, packed = packed_model
+    vram = (least_request(architecture).vram_bytes or 0) + 64 * MIB
+    report = plan_report(folder, vram=vram, bits=16, context=128, codec="lossless", resident=0, link_bytes_per_s=10e9)
+    assert report.codec == "lossless"
+    layers = sum(unit.stored_bytes for layer in packed.coded(architecture).layers for unit in layer)
+    assert report.streamed_bytes == layers
+    assert report.first_token_s == layers / 10e9
+    arguments = ["memory-report", str(folder), "--vram", f"{vram}B", "--bits", "16", "--context", "128"]
+    arguments += ["--resident", "0", "--json", "--link-gbps", "10"]
+    for codec, streamed in (("auto", layers), ("lossless", layers), ("raw", architecture.layer_bytes)):
+        done = CliRunner().invoke(main, [*arguments, "--codec", codec])
+        assert done.exit_code == 0, done.output
+        assert json.loads(done.stdout)["streamed_bytes"] == streamed
+    assert decoded_bytes(packed.coded(architecture).layers[0]) == architecture.layer_bytes // LAYERS
