@@ -175,9 +175,10 @@ def append_calls(bits: int, dim: int, dtype: torch.dtype) -> None:
 
 
 def lossless_calls() -> None:
-    """Launches of decoding coded weights."""
+    """Launches of decoding coded weights: of a tensor, and of a unit's parts."""
     stored = torch.zeros(coded_parts(BLOCK).escapes, dtype=torch.uint8)
     lossless_kernel.decode(stored, torch.zeros(BLOCK, dtype=torch.int16))
+    lossless_kernel.compile_parts(lossless_kernel.parts_table([])[0])
 
 
 def _bias(heads: int, dim: int) -> BiasTerms:

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from streamer.errors import OptionError
+from streamer.ops import lossless
 from streamer.ops.lossless import decode, encode, reference
 from streamer.ops.lossless import kernel as lossless_kernel
 from streamer.ops.lossless.layout import BLOCK
+from streamer.ops.lossless.together import CodedPart, PartsDecoder
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -87,6 +89,127 @@ def test_what_begins_elsewhere_is_refused(place: str) -> None:
     arguments = (shifted, out[:-1]) if place == "coded" else (stored, out[1:])
     with pytest.raises(OptionError, match="the kernel reads and writes what begins at multiples of 16 bytes"):
         lossless_kernel.decode(*arguments)
+
+
+def padded(nbytes: int) -> int:
+    return -(-nbytes // 16) * 16
+
+
+def unit_of(contents: list[torch.Tensor], seed: int) -> tuple[list[CodedPart], torch.Tensor, torch.Tensor]:
+    """Parts of int16 patterns, coded, and of uint8, raw; the stored bytes, and the unit in which all else is 0xA5.
+
+    Parts lie in one order among the stored bytes, in another in the unit, and come in a third; gaps are poisoned.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    stored = [reference.encode(one) if one.dtype == torch.int16 else one for one in contents]
+    stored_at, at = [0] * len(contents), [0] * len(contents)
+    stored_bytes, nbytes = 32, 48
+    for i in torch.randperm(len(contents), generator=draw).tolist():
+        stored_at[i] = stored_bytes
+        stored_bytes += padded(stored[i].nbytes) + 16 * (i % 3)
+    for i in torch.randperm(len(contents), generator=draw).tolist():
+        at[i] = nbytes
+        nbytes += padded(contents[i].nbytes) + 16 * (i % 2)
+    source = torch.full((stored_bytes,), 0x5A, dtype=torch.uint8)
+    unit = torch.full((nbytes + 32,), 0xA5, dtype=torch.uint8)
+    for i in range(len(contents)):
+        source[stored_at[i] : stored_at[i] + stored[i].nbytes] = stored[i]
+        unit[at[i] : at[i] + contents[i].nbytes] = contents[i].view(torch.uint8)
+    order = torch.randperm(len(contents), generator=draw).tolist()
+    return [CodedPart(stored_at[i], stored[i].nbytes, at[i], contents[i].nbytes) for i in order], source, unit
+
+
+def check_unit(contents: list[torch.Tensor], device: str, monkeypatch: pytest.MonkeyPatch, *, seed: int = 0) -> None:
+    """Decodes a unit into poisoned memory by the kernel, and by PyTorch: nothing but the parts may change."""
+    parts, source, unit = unit_of(contents, seed)
+    for serves, place in ((True, device), (False, "cpu")):
+        monkeypatch.setattr(lossless, "kernel_serves", lambda device, serves=serves: serves)
+        out = torch.full_like(unit, 0xA5, device=place)
+        decoder = PartsDecoder(parts, torch.device(place))
+        assert (decoder.nbytes > 0) == (serves and len(parts) > 0)
+        decoder.decode(source.to(place), out)
+        assert torch.equal(out.cpu(), unit)
+
+
+def raw_bytes(nbytes: int) -> torch.Tensor:
+    return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(nbytes))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_unit_of_parts(seed: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coded parts of odd and even numbers of blocks with tails of 0, few and many weights, among raw ones."""
+    contents = [
+        patterns(2 * BLOCK, seed=1),
+        raw_bytes(4096 + 16 * 5),
+        patterns(3 * BLOCK + 7, seed=2),  # a tail at a multiple of 8, its last bytes apart
+        patterns(BLOCK + BLOCK - 1, seed=3, rare=0.2),  # a tail of two chunks
+        raw_bytes(2),
+        raw_bytes(0),
+        patterns(BLOCK + 1, seed=4),
+        raw_bytes(13),
+    ]
+    check_unit(contents, device, monkeypatch, seed=seed)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("numbers", [[], [0], [5], [4096], [8192 + 4095], [1, 0, 0, 17]])
+def test_units_of_raw_parts(numbers: list[int], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = [raw_bytes(nbytes) for nbytes in numbers]
+    if any(numbers) or not numbers:
+        check_unit(contents, device, monkeypatch)
+    else:
+        assert PartsDecoder(unit_of(contents, 0)[0], torch.device(device)).nbytes == 0  # nothing to launch
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_more_parts_than_the_smallest_table_holds(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_unit([raw_bytes(1 + i % 50) for i in range(70)] + [patterns(BLOCK + 3)], device, monkeypatch)
+    assert lossless_kernel.parts_table([(0, 0, 0, 1)] * 71)[0].numel() == 5 * 128  # the compiler wants a power of two
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_wrong_bytes_of_a_unit_are_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, source, unit = unit_of([patterns(BLOCK)], 0)
+    source, unit = source.to(device), unit.to(device)
+    monkeypatch.setattr(lossless, "kernel_serves", lambda device: True)
+    decoder = PartsDecoder(parts, torch.device(device))
+    with pytest.raises(OptionError, match=r"parts of \d+ stored and 8240 decoded bytes, got 9 and 8272"):
+        decoder.decode(source[:9], unit)
+    with pytest.raises(OptionError, match=r"parts of \d+ stored and 8240 decoded bytes, got \d+ and 8239"):
+        decoder.decode(source, unit[:8239])
+    with pytest.raises(OptionError, match="parts are decoded from and to what begins at multiples of 16 bytes, got"):
+        decoder.decode(source, unit[8:])
+    with pytest.raises(OptionError, match=r"parts begin at multiples of 16 bytes, got CodedPart\(stored_at=8,"):
+        PartsDecoder([CodedPart(8, 16, 0, 16)], torch.device(device))
+
+
+@pytest.mark.gpu
+def test_a_unit_far_apart_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Places beyond 2^31 bytes, decoded without a wait, and from a graph."""
+    bits = patterns(40 * BLOCK + 9)
+    coded = reference.encode(bits)
+    stored = torch.zeros((1 << 31) + (1 << 20), dtype=torch.uint8, device="cuda")
+    out = torch.zeros_like(stored)
+    stored_at, at = (1 << 31) + 16, (1 << 31) + 4096
+    stored[stored_at : stored_at + coded.nbytes] = coded.cuda()
+    parts = [CodedPart(0, 100, 0, 100), CodedPart(stored_at, coded.nbytes, at, bits.nbytes)]
+    decoder = PartsDecoder(parts, out.device)
+    assert decoder.nbytes > 0
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        decoder.decode(stored, out)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(out[at : at + bits.nbytes].cpu().view(torch.int16), bits)
+    assert not out[:at].any()
+    out.zero_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decoder.decode(stored, out)
+    graph.replay()
+    assert torch.equal(out[at : at + bits.nbytes].cpu().view(torch.int16), bits)
+    assert not out[at + bits.nbytes :].any()
 
 
 @pytest.mark.gpu

@@ -164,7 +164,7 @@ def test_which_gpus_the_kernel_serves(
 ) -> None:
     monkeypatch.setattr(lossless, "capability", lambda device: capability)
     monkeypatch.setattr(lossless, "triton_serves", lambda: has_triton)
-    asked = lossless._kernel_serves.__wrapped__
+    asked = lossless.kernel_serves.__wrapped__
     assert not asked(torch.device("cpu"))
     assert asked(torch.device("cuda:0")) == serves
     warned = [

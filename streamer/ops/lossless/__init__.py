@@ -105,7 +105,7 @@ def decode(coded: CodedTensor, out: Tensor | None = None) -> Tensor:
         )
     if coded.is_raw:
         out.view(-1).view(torch.uint8).copy_(coded.stored)
-    elif _kernel_serves(out.device):
+    elif kernel_serves(out.device):
         from streamer.ops.lossless import kernel
 
         with launching_on(out.device):
@@ -116,7 +116,7 @@ def decode(coded: CodedTensor, out: Tensor | None = None) -> Tensor:
 
 
 @cache
-def _kernel_serves(device: torch.device) -> bool:
+def kernel_serves(device: torch.device) -> bool:
     """Whether the kernel decodes there; says once if a GPU is left to PyTorch."""
     if device.type != "cuda":
         return False

@@ -20,6 +20,9 @@ PLANE_BYTES = BLOCK // 8
 RECORD_BYTES = SIGNS_BYTES + 3 * PLANE_BYTES
 ENTRY_BYTES = 8
 
+# What a lane of the kernel reads and writes at once: where it reads and writes, tensors begin at multiples.
+ALIGNED_BYTES = 16
+
 
 @dataclass(frozen=True)
 class CodedParts:
