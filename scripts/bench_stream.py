@@ -411,8 +411,8 @@ def ratios(row: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, f
         if name in baselines:
             found[name] = row["tokens_per_s"] / baselines[name]["tokens_per_s"]
     alike = ("runner", "model", "prompt", "vram", "bits", "resident", "ram", "direct_io", "evict")
-    raw = [other for other in others if all(other[key] == row[key] for key in alike) and not other.get("codec")]
-    if row["codec"] and raw:
+    raw = [o for o in others if all(o.get(key) == row.get(key) for key in alike) and not o.get("codec")]
+    if row.get("codec") and raw:
         found["raw"] = row["tokens_per_s"] / raw[0]["tokens_per_s"]
         found["same_logits"] = row.get("logits_digest") == raw[0].get("logits_digest")
     resident = baselines.get("resident")
@@ -457,7 +457,7 @@ def print_row(row: dict[str, Any]) -> None:
             f" (predicted {row['predicted_peak_bytes'] / gb:.2f}), context {row['context_bytes'] / gb:.2f}, "
             f"{row['layers_resident']} layers resident, {row['host']}, {row['streamed_bytes'] / gb:.2f} GB a pass"
         )
-        if row["codec"]:
+        if row.get("codec"):
             line += f", coded to {100 * row['coded_share']:.1f} %"
         if row["share_of_limit"] is not None:
             line += f": {100 * row['share_of_limit']:.1f} % of the limit of {row['limit_tokens_per_s']:.2f} tok/s"
