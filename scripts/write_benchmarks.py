@@ -98,6 +98,8 @@ def stream_row(row: dict[str, Any]) -> str:
     if "first_token" in row.get("ratios", {}):
         first += f", {row['ratios']['first_token']:.2f} times the least"
     times = [f"{other} {row['ratios'][other]:.2f}" for other in baselines if other in row.get("ratios", {})]
+    if "same_logits" in row.get("ratios", {}):
+        times.append("same logits" if row["ratios"]["same_logits"] else "OTHER LOGITS")
     cells = [row["model"], name, row.get("vram") or "", str(row["prompt"]), first]
     cells += [rate, a_pass, share, peak, ", ".join(times), row["commit"]]
     return "| " + " | ".join(cells) + " |"

@@ -361,10 +361,10 @@ def _again(folder: Path) -> str:
 
 
 def _read_json(path: Path) -> Any:
-    """The content of a file of ours; None if there is none, or it is damaged: it can be made again."""
+    """The content of a file of ours; None if it cannot be had, or is damaged: it can be made again."""
     try:
         return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return None
 
 

@@ -268,12 +268,12 @@ def _described(found: dict[str, Any]) -> str:
 def _described_pass(found: dict[str, Any], *, on_cpu: bool) -> str:
     if on_cpu:
         return "nothing streams: on the CPU the weights are read where the files are mapped"
+    coded = "" if found["codec"] == RAW else f", coded to {100 * found['coded_share']:.1f} % of their bytes"
     if not found["streamed_bytes"]:
-        return "nothing streams: all layers stay on the GPU"
-    layers = f"{found['layers_resident']} of {found['num_layers']} layers stay on the GPU"
+        return f"nothing streams: all layers stay on the GPU{coded}"
+    layers = f"{found['layers_resident']} of {found['num_layers']} layers stay on the GPU{coded}"
     staged = f", {found['staged_bytes'] / GB:.2f} GB of them from the files" if found["staged_bytes"] else ""
-    coded = "" if found["codec"] == RAW else f", coded to {100 * found['coded_share']:.1f} %"
-    return f"{found['streamed_bytes'] / GB:.2f} GB over the link{staged}{coded}; {layers}"
+    return f"{found['streamed_bytes'] / GB:.2f} GB over the link{staged}; {layers}"
 
 
 def _described_bound(found: dict[str, Any], *, on_cpu: bool) -> str:

@@ -187,6 +187,8 @@ def figures(**changes: Any) -> dict[str, Any]:
         "staged_bytes": 0,
         "layers_resident": 0,
         "num_layers": 48,
+        "codec": "raw",
+        "coded_share": 1.0,
         "kv_bits": (3, 3),
         "kv_layer_bits": "",
         "kv_decay": "off",
@@ -225,6 +227,7 @@ def test_a_decaying_cache_is_named() -> None:
         ({"bound_by": "reader"}, "bound by          reading the files"),
         ({"bound_by": "computing"}, "bound by          computation on the GPU, or starting it"),
         ({"streamed_bytes": 0}, "bytes per pass    nothing streams: all layers stay on the GPU"),
+        ({"codec": "lossless", "coded_share": 0.7}, "stay on the GPU, coded to 70.0 % of their bytes"),
     ],
 )
 def test_what_a_plan_changes(changes: dict[str, Any], expected: str) -> None:

@@ -1,5 +1,9 @@
 """The kernel that decodes weights against plain PyTorch, bit for bit: in the interpreter, and on a GPU."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -184,6 +188,18 @@ def test_wrong_bytes_of_a_unit_are_refused(device: str, monkeypatch: pytest.Monk
         PartsDecoder([CodedPart(8, 16, 0, 16)], torch.device(device))
 
 
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """Within this, what makes the host wait for the device raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that the mode is a prototype, and warnings are errors here
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.gpu
 def test_a_unit_far_apart_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Places beyond 2^31 bytes, decoded without a wait, and from a graph."""
@@ -196,11 +212,8 @@ def test_a_unit_far_apart_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [CodedPart(0, 100, 0, 100), CodedPart(stored_at, coded.nbytes, at, bits.nbytes)]
     decoder = PartsDecoder(parts, out.device)
     assert decoder.nbytes > 0
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         decoder.decode(stored, out)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(out[at : at + bits.nbytes].cpu().view(torch.int16), bits)
     assert not out[:at].any()
     out.zero_()
@@ -224,11 +237,8 @@ def test_a_layer_on_the_gpu() -> None:
     out = torch.full_like(weights, float("nan"), device="cuda")
     decode(coded, out)  # compiles
     out.fill_(float("nan"))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         decode(coded, out)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(out.view(torch.int16).cpu(), weights.view(torch.int16))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

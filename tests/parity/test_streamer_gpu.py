@@ -378,8 +378,9 @@ def test_heads_of_a_group_share_their_keys_in_a_chunk() -> None:
     """Keys and values made for every query head took a chunk of a long prompt more memory than all else."""
     from turboquant.hf.dense import dense_attention
 
-    q = torch.randn(1, 40, 256, 128, device="cuda", dtype=torch.bfloat16)
-    keys, values = (torch.randn(1, 8, 8192, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    # as many queries as fill the GPU: FlashAttention divides the keys of fewer, and keeps parts of the sums in float32
+    q = torch.randn(1, 40, 1024, 128, device="cuda", dtype=torch.bfloat16)
+    keys, values = (torch.randn(1, 8, 16384, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     module = torch.nn.Module()
     module.num_key_value_groups = 5
     module.is_causal = True

@@ -166,6 +166,15 @@ def test_resident_bounds_where_it_is_the_slower() -> None:
     assert bench_stream.ratios(nothing_streams, [row_of("resident", tokens_per_s=2.0)])["possible"] == 2.0
 
 
+def test_coded_weights_are_compared_with_those_as_they_are() -> None:
+    raw = row_of("streamed", logits_digest="a")
+    coded = row_of("streamed", codec="lossless", tokens_per_s=6.0, logits_digest="a")
+    assert bench_stream.ratios(coded, [raw, coded]) == {"raw": 1.5, "same_logits": True}
+    assert bench_stream.ratios(coded | {"logits_digest": "b"}, [raw, coded])["same_logits"] is False
+    assert bench_stream.ratios(raw, [raw, coded]) == {}
+    assert bench_stream.ratios(coded | {"vram": "9GiB"}, [raw]) == {}
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -193,17 +202,19 @@ def test_the_first_of_two_baselines_counts() -> None:
 
 def test_a_runner_of_its_own_gets_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ["--vram", "6GiB", "--prompt", "32", "--new", "7", "--bits", "3", "--resident", "0", "--ram", "4GiB"]
-    asked += ["--context", "100", "--no-direct-io"]
+    asked += ["--context", "100", "--no-direct-io", "--codec", "raw,lossless"]
     runs = []
     monkeypatch.setattr(bench_stream, "run_one", runs.append)
     monkeypatch.setattr(bench_stream, "run_all", lambda args: runs.append(args) or [{}])
     monkeypatch.setattr("sys.argv", ["bench_stream.py", "model", "--runners", "streamed", *asked])
     bench_stream.main()
-    command = bench_stream.command_of(runs[0], "streamed", "there")
+    command = bench_stream.command_of(runs[0], "streamed", "lossless", "there")
     monkeypatch.setattr("sys.argv", command[1:])
     bench_stream.main()
     first, second = (vars(run) for run in runs)
-    assert second == first | {"runner": "streamed", "logits": "there", "runners": ",".join(bench_stream.RUNNERS)}
+    assert first["codec"] == ["raw", "lossless"]
+    changed = {"runner": "streamed", "logits": "there", "runners": ",".join(bench_stream.RUNNERS)}
+    assert second == first | changed | {"codec": "lossless", "digest": True}
     assert (first["prompt"], first["resident"], first["direct_io"], first["ram"]) == ([32], 0, False, "4GiB")
 
 
@@ -248,7 +259,7 @@ def test_a_later_run_replaces_rows_of_the_same_settings_and_keeps_the_others(
     assert "G, driver 1, torch 2, transformers 3, accelerate 4, triton 5 (commit def5678, abc1234)." in text
 
 
-@pytest.mark.parametrize("changed", ["model", "vram", "prompt", "bits", "resident", "ram", "direct_io"])
+@pytest.mark.parametrize("changed", ["model", "vram", "prompt", "bits", "resident", "ram", "direct_io", "codec"])
 def test_other_settings_are_another_row(changed: str) -> None:
     other = "other" if changed in ("model", "vram", "ram") else 7
     assert len(write_benchmarks.merged([row_of("streamed")], [row_of("streamed", **{changed: other})])) == 2
@@ -268,6 +279,10 @@ def test_a_line_of_the_table() -> None:
         "| 0.50 s, 1.25 times the least | 4.00 (3.00 to 5.00) | 10.00 GB, 1.00 from the files | 80 % of 5.00 tok/s "
         "| 2.00 GB (3.00) | cpu_offload 8.00, resident 0.50 | abc1234 |"
     )
+    coded = row_of("streamed", codec="lossless", ratios={"raw": 1.4, "same_logits": True})
+    cells = write_benchmarks.stream_row(coded).split(" | ")
+    assert cells[1].endswith("3 layers resident, --codec lossless")
+    assert cells[-2] == "raw 1.40, same logits"
     assert write_benchmarks.stream_row(row_of("resident")) == (
         "| qwen2.5-7b | resident |  | 512 | 0.50 s | 4.00 (3.00 to 5.00) |  |  | 2.00 GB |  | abc1234 |"
     )

@@ -1,10 +1,10 @@
-"""decode on the GPU: a warp for each block of 4096 weights, 128 of them a lane; one tensor, or all parts of a unit.
+"""decode on the GPU: four warps for each block of 4096 weights, 32 of them a lane; one tensor, or all parts of a unit.
 
 Every tensor here has an element for each group of a block, so no data moves between lanes but for one sum: how many
-escapes stand before a group's own. All words come and go 16 bytes a lane, and an index is never taken apart: a shift
-and a mask put the bits of both weights of a pair where they belong in its word. Compiled for capability 9.0 that is 6.5
-instructions a weight, and 1.9 for each round of escapes, of which normal weights need about 4 (scripts/check_kernels.py
-shows the rest: 58 registers, none spilled). Finding a block's part takes 0.4 more.
+escapes stand before a group's own. An index is never taken apart: a shift and a mask put the bits of both weights of a
+pair where they belong in its word. Compiled for capability 9.0 that is 9.1 instructions a weight, and 1.7 for each
+round of escapes, of which normal weights need about 4 (scripts/check_kernels.py shows the rest: 25 registers, none
+spilled).
 """
 
 from collections.abc import Callable, Sequence
@@ -47,6 +47,10 @@ _CODED_BYTES = tl.constexpr(RECORD_BYTES + ENTRY_BYTES)
 # Bytes that a program copies: 32 registers a lane.
 _CHUNK_BYTES = 4096
 _CHUNK = tl.constexpr(_CHUNK_BYTES)
+
+# Of a block. One warp has fewer instructions to do, 16 bytes a lane at a time, and waits more: two or three rounds of
+# escapes one after the other want many warps beside each other. 1.43 TB/s of bf16 come out, 1.01 with one [H100].
+_WARPS = 4
 
 # Parts that a unit's table has room for, at least: a kernel is compiled for each power of two.
 _LEAST_PARTS = 64
@@ -165,7 +169,7 @@ def _decode_parts(table, stored, out, PARTS: tl.constexpr):
             _copy(source + blocks * _CODED_BYTES + at, target + blocks * _DECODED_BYTES + at, rest - at)
 
 
-def decode(stored: torch.Tensor, out: torch.Tensor, *, warps: int = 1) -> None:
+def decode(stored: torch.Tensor, out: torch.Tensor, *, warps: int = _WARPS) -> None:
     """The weights of coded bytes: one launch, and a copy of the tail where there is one; nothing waits for the device.
 
     Args:
@@ -219,7 +223,7 @@ def parts_table(parts: Sequence[tuple[int, int, int, int]]) -> tuple[torch.Tenso
 def compile_parts(table: torch.Tensor) -> Any:
     """The kernel that decodes parts, compiled for the current device. table: of `parts_table`, on it."""
     any_bytes = table.view(torch.uint8)
-    return _decode_parts.warmup(table, any_bytes, any_bytes, PARTS=table.numel() // 5, grid=(1,), num_warps=1)
+    return _decode_parts.warmup(table, any_bytes, any_bytes, PARTS=table.numel() // 5, grid=(1,), num_warps=_WARPS)
 
 
 def parts_launch(table: torch.Tensor, programs: int) -> Callable[[torch.Tensor, torch.Tensor], Any]:
