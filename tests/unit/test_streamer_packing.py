@@ -561,6 +561,19 @@ def test_a_file_that_becomes_shorter_while_it_is_packed(model: Path, tmp_path: P
     assert "Delete" not in str(caught.value)  # the model
 
 
+def test_the_disk_is_busy_while_others_are_coded(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has been written is handed to the disk at once; a file system that does not take the advice is no error."""
+    handed: list[tuple[int, int]] = []
+
+    def advise(file: int, offset: int, nbytes: int, advice: int) -> None:
+        handed.append((offset, nbytes))
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(os, "posix_fadvise", advise, raising=False)
+    made = pack(model, tmp_path / "packed", threads=2)
+    assert {(record.offset, record.nbytes) for file in made.files for record in file.records} <= set(handed)
+
+
 @pytest.mark.gpu
 def test_a_gpu_makes_the_same_files(model: Path, tmp_path: Path) -> None:
     """By several threads, with slices that stay raw among them, and nothing of the file in page-locked memory lost."""
