@@ -24,7 +24,7 @@ HEAD = (
 )
 
 
-# Rows of the cache's benchmarks have a kind: what makes two of a kind the same measurement, and the head of its table.
+# Rows of other benchmarks have a kind: what makes two of a kind the same measurement, and the head of its table.
 KINDS: dict[str, tuple[tuple[str, ...], str]] = {
     "attention": (
         ("shape",),
@@ -36,7 +36,14 @@ KINDS: dict[str, tuple[tuple[str, ...], str]] = {
         ("model", "bits", "prompt", "new"),
         "| decoding, everything resident | tok/s | cache | held after the prompt | beside 16 bits | commit |",
     ),
+    "codec": (
+        ("what", "setting"),
+        "| weights | GB/s of bfloat16 | share | bits a weight | host time of a call | commit |",
+    ),
 }
+
+# Kinds that stand together between markers of their own.
+SECTIONS = {"cache": ("attention", "encode", "unpack", "cache"), "codec": ("codec",)}
 
 
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -129,6 +136,15 @@ def kind_row(row: dict[str, Any]) -> str:
             f"{row['held_bytes'] / 1e9:.2f} GB",
             f"{row['speed_ratio']:.2f} times the speed, {100 * row['saved_share']:.0f} % saved" if ours else "",
         ]
+    elif row["kind"] == "codec":
+        disk = f" ({row['disk_bytes_per_s'] / 1e9:.2f} GB/s)" if "disk_bytes_per_s" in row else ""
+        cells = [
+            f"{row['what']}, {row['setting']}",
+            f"{row['bytes_per_s'] / 1e9:.2f}",
+            f"{100 * row['share']:.0f} % of {row['share_of']}{disk}" if "share" in row else "",
+            f"{row['bits_per_weight']:.2f}" if "bits_per_weight" in row else "",
+            f"{1e6 * row['python_s']:.1f} µs" if "python_s" in row else "",
+        ]
     else:
         cells = [
             f"{row['side']}, {row['bits']} bits, {row['heads']} heads of {row['dim']}, {row['tokens']} tokens",
@@ -156,12 +172,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n\n".join([*machines(rows), "Random weights of the named shapes.", lines])
 
 
-def cache_tables(rows: list[dict[str, Any]]) -> str:
-    """What stands between the markers of the cache's tables."""
+def kind_tables(rows: list[dict[str, Any]], section: str) -> str:
+    """What stands between the markers of a section: a table for each of its kinds."""
+    rows = [row for row in rows if row.get("kind") in SECTIONS[section]]
     if not rows:
         return "Not measured yet."
     parts = machines(rows)
-    for kind, (_, head) in KINDS.items():
+    for kind in SECTIONS[section]:
+        head = KINDS[kind][1]
         own = [kind_row(row) for row in rows if row["kind"] == kind]
         if own:
             parts.append("\n".join([head, "| --- " * (head.count("|") - 1) + "|", *own]))
@@ -170,10 +188,8 @@ def cache_tables(rows: list[dict[str, Any]]) -> str:
 
 def page(text: str, rows: list[dict[str, Any]]) -> str:
     """The page's text with the tables of these rows."""
-    blocks = {
-        "stream": table([row for row in rows if "kind" not in row]),
-        "cache": cache_tables([row for row in rows if "kind" in row]),
-    }
+    blocks = {"stream": table([row for row in rows if "kind" not in row])}
+    blocks |= {section: kind_tables(rows, section) for section in SECTIONS}
     for name, block in blocks.items():
         marked = f"<!-- {name}: begin -->\n{block}\n<!-- {name}: end -->"
         text = re.sub(
@@ -198,7 +214,8 @@ def main() -> None:
     data.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
     print(table([row for row in rows if "kind" not in row]))
-    print(cache_tables([row for row in rows if "kind" in row]))
+    for section in SECTIONS:
+        print(kind_tables(rows, section))
 
 
 if __name__ == "__main__":

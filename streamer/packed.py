@@ -7,15 +7,17 @@ import hashlib
 import json
 import os
 import struct
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from streamer.checkpoint import DIRECT_BYTES, TensorEntry
-from streamer.errors import CheckpointError, HeaderError, OptionError, TruncatedShardError
+from streamer.errors import CheckpointError, DoesNotFitError, HeaderError, OptionError, TruncatedShardError
 from streamer.ops.lossless import CodedTensor, decode, encode
 
 SUFFIX = ".packed"
@@ -99,19 +101,58 @@ def slices_of(nbytes: int, entries: Sequence[TensorEntry]) -> list[Slice]:
     return slices
 
 
-def pack_slice(file: int, path: Path, piece: Slice) -> tuple[Record, memoryview]:
+class SliceCoder:
+    """Codes weights for threads that share it: each its own on the CPU; on a GPU one after another.
+
+    Args:
+        device: that codes.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        # one slice at a time keeps memory bounded, and a slice that waits has its thread wait, not those that read,
+        # check and write others
+        self._turn = threading.Lock()
+
+    def room(self, nbytes: int) -> Tensor:
+        """[nbytes] uint8 in host memory, page-locked for a GPU, which copies from and to it without a detour."""
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+
+    def encode(self, weights: Tensor) -> CodedTensor:
+        """Weights in host memory, coded, in host memory: the same bytes whatever the device.
+
+        Raises:
+            DoesNotFitError: the GPU has no memory for it.
+        """
+        if self._device.type == "cpu":
+            return encode(weights)
+        with self._turn:
+            try:
+                coded = encode(weights.to(self._device, non_blocking=True))
+            except torch.OutOfMemoryError as error:
+                raise DoesNotFitError(
+                    f"{self._device} has no memory for coding {weights.nbytes} bytes of weights, which takes seven "
+                    "times as much: free some, or write --device cpu"
+                ) from error
+            if coded.is_raw:
+                return CodedTensor(weights.view(torch.uint8), coded.shape)
+            return CodedTensor(self.room(coded.nbytes).copy_(coded.stored), coded.shape)
+
+
+def pack_slice(file: int, path: Path, piece: Slice, coder: SliceCoder) -> tuple[Record, memoryview]:
     """A slice as it will be stored; its offset is still 0.
 
     Args:
-        file: handle of the source. path: of it, for messages.
+        file: handle of the source. path: of it, for messages. coder: of the weights.
     Raises:
-        TruncatedShardError, CheckpointError: the source ends early or cannot be read.
+        TruncatedShardError, CheckpointError: the source ends early or cannot be read. DoesNotFitError: see the coder.
     """
-    content = read_bytes(file, path, piece.start, piece.stop)
-    stored = memoryview(content)
+    room = coder.room(piece.stop - piece.start)
+    content = stored = room.numpy().data
+    read_into(content, file, path, piece.start)
     is_coded = False
     if piece.is_bf16:
-        coded = encode(torch.frombuffer(content, dtype=torch.bfloat16))
+        coded = coder.encode(room.view(torch.bfloat16))
         if not coded.is_raw:
             stored, is_coded = coded.stored.numpy().data, True
     digest = digest_of(content)
@@ -245,14 +286,20 @@ def open_file(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
 
 
 def read_bytes(file: int, path: Path, start: int, stop: int) -> bytearray:
-    """Bytes start <= b < stop of a file, with Python's lock released meanwhile.
+    """Bytes start <= b < stop of a file; see `read_into`."""
+    content = bytearray(stop - start)
+    read_into(memoryview(content), file, path, start)
+    return content
+
+
+def read_into(memory: memoryview, file: int, path: Path, start: int) -> None:
+    """Fills memory with bytes of a file, with Python's lock released meanwhile.
 
     Raises:
         TruncatedShardError: the file ends early. CheckpointError: the system cannot read it.
     """
-    content = bytearray(stop - start)
-    memory, done = memoryview(content), 0
-    while done < len(content):  # one call reads 2 GiB at most
+    done = 0
+    while done < len(memory):  # one call reads 2 GiB at most
         try:
             read = os.preadv(file, [memory[done:]], start + done)
         except OSError as error:
@@ -260,13 +307,12 @@ def read_bytes(file: int, path: Path, start: int, stop: int) -> bytearray:
                 f"{path} cannot be read at byte {start + done} ({error.strerror}).\n  {_advice(path)}", path=path
             ) from error
         if read == 0:
-            raise TruncatedShardError(_shorter(path, start + done, stop), path=path)
+            raise TruncatedShardError(_shorter(path, start + done, start + len(memory)), path=path)
         done += read
-    return content
 
 
 def write_bytes(file: int, path: Path, content: bytes | bytearray | memoryview, offset: int) -> None:
-    """All of some bytes at a place of a file.
+    """All of some bytes at a place of a file; the system begins to bring them to the disk.
 
     Raises:
         OSError: the system cannot write them, a full disk for instance; names the file.
@@ -277,6 +323,10 @@ def write_bytes(file: int, path: Path, content: bytes | bytearray | memoryview, 
             done += os.pwrite(file, memory[done:], offset + done)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from error
+    if hasattr(os, "posix_fadvise"):
+        # its side effect on Linux: left to itself the system keeps gigabytes, and the end of each file waits for them
+        with suppress(OSError):  # file systems may refuse
+            os.posix_fadvise(file, offset, done, os.POSIX_FADV_DONTNEED)
 
 
 def _is_cover(records: Sequence[Record], source_bytes: int) -> bool:

@@ -31,6 +31,7 @@ from streamer.packed import (
     PackedFile,
     Record,
     Slice,
+    SliceCoder,
     Source,
     check_stored,
     digest_of,
@@ -44,6 +45,8 @@ from streamer.packed import (
 )
 
 MANIFEST = "packed.json"
+
+_CPU = torch.device("cpu")
 
 _PART = ".part"
 _LIST = ".records"
@@ -109,21 +112,43 @@ class PackedFolder:
         return sum(file.nbytes for file in self.files)
 
 
-def pack(folder: Path, cache: Path, *, threads: int, on_progress: Progress | None = None) -> PackedFolder:
+def coding_device(name: str | None, *, on_line: Callable[[str], None]) -> torch.device:
+    """The device that codes weights: the current GPU if there is one, else the CPU; says which.
+
+    Args:
+        name: "cuda" or "cpu"; None chooses. on_line: told in one line.
+    Raises:
+        OptionError: a GPU was asked for, and there is none.
+    """
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        raise OptionError("device 'cuda' was asked for and no CUDA device was found: write --device cpu")
+    if name == "cpu" or not has_gpu:
+        on_line("the CPU codes the weights")
+        return torch.device("cpu")
+    device = torch.device("cuda", torch.cuda.current_device())
+    on_line(f"{torch.cuda.get_device_name(device)} codes the weights")
+    return device
+
+
+def pack(
+    folder: Path, cache: Path, *, threads: int, device: torch.device = _CPU, on_progress: Progress | None = None
+) -> PackedFolder:
     """A checkpoint's safetensors files as packed files in the cache.
 
-    Memory: some 80 MiB for each thread and two more, whatever the size of the model.
+    Memory: some 80 MiB for each thread and two more, whatever the size of the model; about 200 MiB of a GPU.
 
     Args:
         folder: of the checkpoint; only read. cache: the folder in which packed folders are kept.
-        threads: that read, code and check; one more writes.
+        threads: that read, code and check; one more writes. device: that codes; the files are the same.
         on_progress: called with the source bytes done and their sum.
     Returns:
         the packed folder. One that was made of the same files before is given as it is.
     Raises:
         UnsupportedModelError: no weight is bfloat16: nothing would get smaller.
         OptionError: another process is packing this checkpoint. CheckpointError and its children: a file of the
-            checkpoint is wrong, or a packed one that exists already is damaged. OSError: a full disk, say.
+            checkpoint is wrong, or a packed one that exists already is damaged. DoesNotFitError: the GPU has no memory
+            for coding. OSError: a full disk, say.
     Source: own.
     """
     with Checkpoint.open(folder) as checkpoint:
@@ -143,12 +168,13 @@ def pack(folder: Path, cache: Path, *, threads: int, on_progress: Progress | Non
             return PackedFolder.open(cache / known["key"])
         part = place.with_suffix(_PART)
         part.mkdir(exist_ok=True)
+        coder = SliceCoder(device)
         done, total = 0, sum(shard.stat().st_size for shard in shards)
         for shard in shards:
             report = partial(_report, on_progress, done, total)
             own = [entry for entry in entries if entry.shard == shard]
             source = Source.of(shard)
-            _pack_file(shard, source, slices_of(source.nbytes, own), part, threads, report)
+            _pack_file(shard, source, slices_of(source.nbytes, own), part, threads, coder, report)
             done += source.nbytes
         key = _finish(part, shards, small)
         # before the folder has its name: a run that is killed in between finds all files finished
@@ -220,7 +246,13 @@ def _unpack_to(out: int, part: Path, stored: int, path: Path, record: Record) ->
 
 
 def _pack_file(
-    shard: Path, source: Source, slices: Sequence[Slice], folder: Path, threads: int, report: Callable[[int], None]
+    shard: Path,
+    source: Source,
+    slices: Sequence[Slice],
+    folder: Path,
+    threads: int,
+    coder: SliceCoder,
+    report: Callable[[int], None],
 ) -> None:
     """One packed file; what an earlier run has written of it stays."""
     target = folder / f"{shard.name}{SUFFIX}"
@@ -234,7 +266,7 @@ def _pack_file(
         _write_lines(listed, [source, *records])
         with listed.open("a", encoding="utf-8") as lines:
             for found, stored in _in_order(
-                (partial(pack_slice, file, shard, piece) for piece in slices[len(records) :]), threads
+                (partial(pack_slice, file, shard, piece, coder) for piece in slices[len(records) :]), threads
             ):
                 record = replace(found, offset=end_of(records))
                 write_bytes(out, part, stored, record.offset)

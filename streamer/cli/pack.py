@@ -13,7 +13,12 @@ from streamer.options import cache_dir, format_size
 @click.command(context_settings=CONTEXT_SETTINGS)
 @click.argument("model")
 @click.option("--offline", is_flag=True, help="Never use the network; HF_HUB_OFFLINE=1 does the same.")
-def pack(model: str, offline: bool) -> None:
+@click.option(
+    "--device",
+    type=click.Choice(["cuda", "cpu"]),
+    help="What codes the weights; the files are the same.  [default: cuda if there is one]",
+)
+def pack(model: str, offline: bool, device: str | None) -> None:
     """Write MODEL's bf16 weights in about 70 % of their bytes, without loss.
 
     The packed files go to a folder of the cache (TQ_STREAM_CACHE), whose path is printed; its name stands for what is
@@ -26,6 +31,7 @@ def pack(model: str, offline: bool) -> None:
       tq-stream pack ./my-model
     """
     with ends_at_once():
+        from streamer.packing import coding_device
         from streamer.packing import pack as pack_folder
         from streamer.rates import usable_cores
         from streamer.resolve import resolve_model
@@ -36,6 +42,7 @@ def pack(model: str, offline: bool) -> None:
                 folder,
                 cache_dir() / "packed",
                 threads=usable_cores(),
+                device=coding_device(device, on_line=screen.line),
                 on_progress=lambda done, of: screen.advance("packing", done / of),
             )
         except KeyboardInterrupt as interrupt:

@@ -26,12 +26,14 @@ def wide(random_checkpoint: Callable[..., Path]) -> Path:
 def test_packed_and_unpacked(wide: Path, tmp_path: Path) -> None:
     done = tq_stream("pack", wide)
     assert done.exit_code == 0, done.output
-    said = re.fullmatch(r"[\d.]+ MiB of safetensors are [\d.]+ MiB packed \(([\d.]+) %\)\n", done.stderr)
+    said = re.fullmatch(
+        r"the CPU codes the weights\n[\d.]+ MiB of safetensors are [\d.]+ MiB packed \(([\d.]+) %\)\n", done.stderr
+    )
     assert said is not None, done.stderr
     assert 69 < float(said[1]) < 73
     folder = Path(done.stdout.rstrip("\n"))
     assert folder.parent == tmp_path / "tq-stream-cache" / "packed"
-    again = tq_stream("pack", wide, "--offline")
+    again = tq_stream("pack", wide, "--offline", "--device", "cpu")
     assert (again.stdout, again.stderr) == (done.stdout, done.stderr)
     target = tmp_path / "unpacked"
     back = tq_stream("unpack", folder, target)
@@ -69,8 +71,14 @@ def test_an_interrupted_run_says_how_it_goes_on(
     monkeypatch.setattr(packing, "pack_slice", interrupted)
     done = tq_stream("pack", wide)
     assert (done.exit_code, done.stdout) == (status, "")
-    assert done.stderr == "Interrupted; the same command goes on from here.\n"
+    assert done.stderr == "the CPU codes the weights\nInterrupted; the same command goes on from here.\n"
     monkeypatch.undo()
+
+
+def test_a_gpu_that_is_not_there_is_refused(wide: Path) -> None:
+    done = tq_stream("pack", wide, "--device", "cuda")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "device 'cuda' was asked for and no CUDA device was found: write --device cpu" in done.stderr
 
 
 def test_wrong_usage() -> None:

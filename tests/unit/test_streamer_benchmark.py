@@ -291,6 +291,35 @@ def test_a_line_of_the_table() -> None:
     )
 
 
+def test_rows_of_the_codec_have_a_table_of_their_own(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page.write_text("<!-- cache: begin -->\n<!-- cache: end -->\n<!-- codec: begin -->\nstale\n<!-- codec: end -->\n")
+    common = {"kind": "codec", "commit": "abc1234", "versions": row_of("streamed")["versions"]}
+    unit = common | {
+        "what": "decode an MLP unit",
+        "setting": "spread 0.4",
+        "bytes_per_s": 1.5e12,
+        "share": 0.83,
+        "share_of": "the rate of a plain copy",
+        "bits_per_weight": 11.21,
+        "python_s": 7.4e-6,
+    }
+    packing = {"what": "pack m", "setting": "threads 16", "share": 0.9, "share_of": "the disk's write rate"}
+    packing = common | packing | {"bytes_per_s": 1.25e9, "disk_bytes_per_s": 1e9}
+    encoding = common | {"what": "encode on the GPU", "setting": "threads 1", "bytes_per_s": 3e9}
+    write(page, monkeypatch, unit | {"bytes_per_s": 1e12}, packing)
+    kept = write(page, monkeypatch, unit, encoding)
+    assert [row["what"] for row in kept] == ["decode an MLP unit", "pack m", "encode on the GPU"]
+    before, _, behind = page.read_text().partition("<!-- codec: begin -->")
+    assert "Not measured yet." in before
+    assert [line for line in behind.splitlines() if line.startswith("|")] == [
+        "| weights | GB/s of bfloat16 | share | bits a weight | host time of a call | commit |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| decode an MLP unit, spread 0.4 | 1500.00 | 83 % of the rate of a plain copy | 11.21 | 7.4 µs | abc1234 |",
+        "| pack m, threads 16 | 1.25 | 90 % of the disk's write rate (1.00 GB/s) |  |  | abc1234 |",
+        "| encode on the GPU, threads 1 | 3.00 |  |  |  | abc1234 |",
+    ]
+
+
 def test_the_table_of_the_page_is_made_from_the_rows_beside_it() -> None:
     rows = json.loads(write_benchmarks.PAGE.with_suffix(".json").read_text(encoding="utf-8"))
     text = write_benchmarks.PAGE.read_text(encoding="utf-8")

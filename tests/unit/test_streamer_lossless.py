@@ -9,7 +9,7 @@ import torch
 from streamer.checkpoint import Checkpoint
 from streamer.errors import OptionError
 from streamer.ops import lossless
-from streamer.ops.lossless import CodedTensor, decode, encode, least_coded_bytes
+from streamer.ops.lossless import CodedTensor, decode, encode, least_coded_bytes, reference
 
 BLOCK, RECORD = 4096, 4096 + 3 * 512
 
@@ -127,6 +127,17 @@ def test_decodes_into_a_given_tensor() -> None:
     out = torch.empty_like(weights)
     assert decode(CodedTensor(shifted, coded.shape), out) is out
     assert torch.equal(out.view(torch.int16), weights.view(torch.int16))
+
+
+@pytest.mark.parametrize("blocks", [1, 128, 129, 4096])
+def test_steps_of_any_size_give_the_same_bytes(blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU codes at once is not what a CPU does; numbers of exponents outgrow 16 bits behind 128 blocks."""
+    weights = skewed(300 * BLOCK + 5)
+    weights[128 * BLOCK :] *= 2.0**20  # other windows there
+    coded = encode(weights)
+    monkeypatch.setattr(reference, "_STEP_BLOCKS", blocks)
+    assert torch.equal(encode(weights).stored, coded.stored)
+    assert torch.equal(decode(coded).view(torch.int16), weights.view(torch.int16))
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from streamer import packed, packing
 from streamer.checkpoint import TensorEntry
 from streamer.errors import (
     CheckpointError,
+    DoesNotFitError,
     HeaderError,
     MissingShardError,
     OptionError,
@@ -29,7 +30,7 @@ from streamer.errors import (
     UnsupportedModelError,
 )
 from streamer.ops.lossless import CodedTensor, decode
-from streamer.packed import PackedFile
+from streamer.packed import PackedFile, SliceCoder
 from streamer.packing import PackedFolder, pack, unpack
 
 SLICE = 1 << 16  # what a record holds here, so that small tensors have several
@@ -192,9 +193,9 @@ def coded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Where the slices begin that are coded from here on."""
     starts: list[int] = []
 
-    def counting(file: int, path: Path, piece: packed.Slice) -> object:
+    def counting(file: int, path: Path, piece: packed.Slice, coder: SliceCoder) -> object:
         starts.append(piece.start)
-        return packed.pack_slice(file, path, piece)
+        return packed.pack_slice(file, path, piece, coder)
 
     monkeypatch.setattr(packing, "pack_slice", counting)
     return starts
@@ -558,6 +559,41 @@ def test_a_file_that_becomes_shorter_while_it_is_packed(model: Path, tmp_path: P
     with pytest.raises(TruncatedShardError, match=rf"{model / SHARDS[1]} ends at byte 5000") as caught:
         pack(model, tmp_path / "packed", threads=1, on_progress=cut)
     assert "Delete" not in str(caught.value)  # the model
+
+
+def test_the_disk_is_busy_while_others_are_coded(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has been written is handed to the disk at once; a file system that does not take the advice is no error."""
+    handed: list[tuple[int, int]] = []
+
+    def advise(file: int, offset: int, nbytes: int, advice: int) -> None:
+        handed.append((offset, nbytes))
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(os, "posix_fadvise", advise, raising=False)
+    made = pack(model, tmp_path / "packed", threads=2)
+    assert {(record.offset, record.nbytes) for file in made.files for record in file.records} <= set(handed)
+
+
+@pytest.mark.gpu
+def test_a_gpu_makes_the_same_files(model: Path, tmp_path: Path) -> None:
+    """By several threads, with slices that stay raw among them, and nothing of the file in page-locked memory lost."""
+    made = [
+        pack(model, tmp_path / name, threads=3, device=torch.device(device))
+        for name, device in (("a", "cpu"), ("b", "cuda"))
+    ]
+    assert contents(made[0].folder) == contents(made[1].folder)
+    unpack(made[1], tmp_path / "out", threads=2)
+    for name in SHARDS:
+        assert (tmp_path / "out" / name).read_bytes() == (model / name).read_bytes()
+
+
+def test_a_gpu_without_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(weights: torch.Tensor) -> CodedTensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(packed, "encode", full)
+    with pytest.raises(DoesNotFitError, match="meta has no memory for coding 16 bytes .* write --device cpu"):
+        SliceCoder(torch.device("meta")).encode(torch.ones(8).bfloat16())
 
 
 def test_few_slices_are_in_memory_at_a_time() -> None:
