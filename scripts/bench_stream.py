@@ -102,6 +102,24 @@ def logits_of(model: Any, ids: Any, new_ids: Any) -> Any:
     return torch.stack(rows)
 
 
+def digest_of_logits(model: Any, ids: Any) -> str:
+    """SHA-256 of the logits at the end of the prompt and after some greedy tokens; in the memory that is planned."""
+    import torch
+
+    with torch.inference_mode():
+        made = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=_LOGITS_TOKENS,
+            min_new_tokens=_LOGITS_TOKENS,
+            do_sample=False,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    return hashlib.sha256(torch.stack(made.logits).float().cpu().numpy().data).hexdigest()
+
+
 def run_streamed(args: argparse.Namespace, watcher: PeakWatcher) -> Iterator[dict[str, Any]]:
     """One row: the first of --prompt."""
     import torch
@@ -179,8 +197,7 @@ def run_streamed(args: argparse.Namespace, watcher: PeakWatcher) -> Iterator[dic
         row["same_top1"] = (mine.argmax(-1) == theirs.argmax(-1)).float().mean().item()
     row["process_peak_bytes"] = watcher.stop()
     if args.digest:
-        fixed = prompt_ids(_LOGITS_TOKENS).cuda()
-        row["logits_digest"] = hashlib.sha256(logits_of(model, ids, fixed).numpy().data).hexdigest()
+        row["logits_digest"] = digest_of_logits(model, ids)
     del model, weights
     engine.close()
     torch.cuda.set_per_process_memory_fraction(1.0)

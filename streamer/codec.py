@@ -3,13 +3,18 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from streamer.architecture import Architecture
+import torch
+
+from streamer.architecture import Architecture, Unit, UnitCode, aligned
 from streamer.checkpoint import Checkpoint
 from streamer.errors import CheckpointError, DoesNotFitError, OptionError
 from streamer.options import AUTO_CODEC, CODECS, LOSSLESS, RAW, cache_dir
 from streamer.packing import find_packed
 from streamer.plan import Plan, Request, make_plan
 from streamer.weights import PackedWeights
+
+# Of the bytes of bfloat16 weights, coded: 70.4 % measured on a trained model, 69.9 to 70.1 % on random ones.
+_LIKELY_SHARE = 0.704
 
 
 def open_packed(checkpoint: Checkpoint, codec: str) -> tuple[PackedWeights | None, str | None]:
@@ -82,6 +87,22 @@ def make_plan_with_codec(
         else "no weights get smaller coded: they are kept and moved as they are"
     )
     return coded, replace(plan, notes=(*plan.notes, line))
+
+
+def as_if_packed(architecture: Architecture) -> Architecture | None:
+    """The architecture with units as small as packing is likely to make them; None where none gets smaller.
+
+    For forecasts: nothing can be read with it.
+    """
+    layers = tuple(tuple(_as_if_packed(unit) for unit in layer) for layer in architecture.layers)
+    return replace(architecture, layers=layers) if layers != architecture.layers else None
+
+
+def _as_if_packed(unit: Unit) -> Unit:
+    is_packed_whole = all(
+        p.dtype == torch.bfloat16 and p.is_stored_as_run and p.conversion is None for p in unit.parameters
+    )
+    return replace(unit, code=UnitCode((), (), aligned(int(_LIKELY_SHARE * unit.nbytes)))) if is_packed_whole else unit
 
 
 def _if_it_fits(planned: Callable[[Architecture], Plan], architecture: Architecture) -> Plan | None:

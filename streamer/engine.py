@@ -21,7 +21,7 @@ from transformers import (
 
 from streamer.architecture import Architecture, bytes_of, read_architecture, reason_of
 from streamer.checkpoint import Checkpoint
-from streamer.codec import make_plan_with_codec, open_packed
+from streamer.codec import as_if_packed, make_plan_with_codec, open_packed
 from streamer.errors import ContextLengthError, DoesNotFitError, OptionError, UnsupportedModelError
 from streamer.forecast import Lever, Machine, machine_of_run, next_lever
 from streamer.generation import StopWhen, TokenSink, generation_config, seeded
@@ -122,7 +122,7 @@ class StreamingEngine:
         resolved = resolve_model(str(model), offline=offline, on_line=self.stats.note)
         self.folder = resolved.folder
         self._checkpoint = Checkpoint.open(self.folder)
-        self._codec = codec
+        self._name, self._codec = str(model), codec
         self._packed, line = open_packed(self._checkpoint, codec)
         if line is not None:
             self.stats.note(line)
@@ -472,7 +472,15 @@ class StreamingEngine:
             host_bytes=free_ram() + _held_bytes(),
             needed_tokens=runtime.caches.last_capacity,
             key_bias_bytes=plan.kv_bytes - cache_bytes(runtime.architecture, plan.request),
+            packing=self._packing(runtime.architecture),
         )
+
+    def _packing(self, architecture: Architecture) -> tuple[str, Architecture] | None:
+        """What packing the weights would change, for the forecast."""
+        if self._codec != AUTO_CODEC or self._packed is not None:
+            return None
+        packed = as_if_packed(architecture)
+        return None if packed is None else (f"tq-stream pack {self._name}", packed)
 
     def close(self) -> None:
         """Give back device and host memory; the engine can be used again, a model taken from it before cannot."""

@@ -172,13 +172,14 @@ def next_lever(
     host_bytes: int | None = None,
     needed_tokens: int | None = None,
     key_bias_bytes: int = 0,
+    packing: tuple[str, Architecture] | None = None,
 ) -> Lever:
     """The change of one option with the largest predicted gain, among those that this machine can honour.
 
     A bigger --vram (the next common size that gains), no --resident, a bigger --ram where files are read in every
-    pass, a step fewer --bits of a compressed cache, a --context of what the run needed; if none of them gains, a GPU
-    with more memory. --bits is not offered to an uncompressed cache: how long a compressed one takes to read is not
-    known from such a run. Nothing here is allocated, and a setting that does not fit is no candidate.
+    pass, a step fewer --bits of a compressed cache, a --context of what the run needed, packed weights; if none of them
+    gains, a GPU with more memory. --bits is not offered to an uncompressed cache: how long a compressed one takes to
+    read is not known from such a run. Nothing here is allocated, and a setting that does not fit is no candidate.
 
     Args:
         request, plan: of the run, for a GPU. machine: its rates (machine_of_run).
@@ -186,6 +187,8 @@ def next_lever(
         device_bytes: memory of the device that this process could have; host_bytes: of the host, None = any.
         needed_tokens: prompt and answer of the run; None = --context is not touched.
         key_bias_bytes: as in make_plan.
+        packing: the command that packs the weights, and the architecture as that would make it; None where they are
+            packed, or would get no smaller.
     """
     forecast = predict(plan, machine)
     measured = measured_tokens_per_s or forecast.tokens_per_s
@@ -204,6 +207,8 @@ def next_lever(
     own = [size for size in COMMON_VRAM_BYTES if vram_bytes < size <= device_bytes]
     whole = device_bytes // GIB * GIB  # of cards whose memory is a little less than its name says
     own += [whole] if whole > max([vram_bytes, *own]) else []
+    if packing is not None:
+        gains.append(replace(search, architecture=packing[1]).gain(packing[0], request))
     gains.append(search.first_gain((f"--vram {size // GIB}GiB", replace(request, vram_bytes=size)) for size in own))
     best = max((gain for gain in gains if gain is not None), key=lambda gain: gain[0], default=None)
     if best is None:
@@ -278,6 +283,8 @@ def _num_layers(plan: Plan) -> int:
 
 def _what_changes(plan: Plan, before: Plan) -> str:
     """What a plan does that the one before did not, to be read after an option."""
+    if plan.is_coded and not before.is_coded:
+        return f"codes the weights, without loss, in about {100 * plan.coded_share:.0f} % of their bytes"
     if not plan.streamed_bytes:
         return "keeps the whole model on the GPU"
     if plan.layers_resident > before.layers_resident:

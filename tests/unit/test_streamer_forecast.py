@@ -13,6 +13,7 @@ import streamer.forecast
 from make_checkpoint import SHAPES, write_checkpoint
 from streamer.architecture import Architecture, read_architecture
 from streamer.checkpoint import Checkpoint
+from streamer.codec import as_if_packed
 from streamer.errors import DoesNotFitError
 from streamer.forecast import (
     COMMON_VRAM_BYTES,
@@ -48,7 +49,7 @@ def request_of(**changes: Any) -> Request:
 
 
 def streamed_of(plan: Plan) -> int:
-    return sum(unit.nbytes for i, unit in enumerate(plan.units) if i not in plan.resident)
+    return sum(unit.stored_bytes for i, unit in enumerate(plan.units) if i not in plan.resident)
 
 
 def staged_of(plan: Plan) -> int:
@@ -261,6 +262,33 @@ def test_a_lever_does_what_it_says(
         assert f"keeps {after.layers_resident} of 28" in lever.reason
     if option == "--ram":
         assert staged_of(after) == 0
+
+
+def test_packing_is_offered_where_it_gains_most(qwen_7b: Architecture) -> None:
+    packed = as_if_packed(qwen_7b)
+    assert packed is not None
+    request, machine = request_of(resident_layers=0), replace(ONLY_LINK, layer_s=1e-4)
+    lever, before = lever_of(qwen_7b, request, machine, device_bytes=4 * GIB, packing=("tq-stream pack M", packed))
+    assert lever.option == "leaving out --resident", "a budget that is not used gains more"
+    request = request_of()
+    lever, before = lever_of(qwen_7b, request, machine, device_bytes=8 * GIB, packing=("tq-stream pack M", packed))
+    assert (lever.option, lever.reason) == (
+        "tq-stream pack M",
+        "codes the weights, without loss, in about 70 % of their bytes",
+    )
+    after = make_plan(packed, request)
+    assert lever.tokens_per_s == predict(after, machine).tokens_per_s
+    assert after.layers_resident > before.layers_resident
+    assert after.streamed_bytes < before.streamed_bytes / 1.42
+
+
+def test_only_what_gets_smaller_is_taken_to(random_checkpoint: Callable[..., Path]) -> None:
+    for dtype, is_smaller in (("float32", False), ("bfloat16", True)):
+        folder = random_checkpoint("llama", dtype=dtype)
+        with Checkpoint.open(folder) as checkpoint:
+            assert (as_if_packed(read_architecture(folder, checkpoint)) is not None) == is_smaller
+    with Checkpoint.open(folder) as checkpoint:
+        assert as_if_packed(read_architecture(folder, checkpoint, dtype="float32")) is None
 
 
 def test_the_lever_of_the_largest_gain_is_named(qwen_7b: Architecture) -> None:
