@@ -6,7 +6,7 @@ and releasing stand in that order.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
@@ -250,10 +250,17 @@ class StreamedEmbedding(nn.Module):
     The class's own forward runs on the gathered rows, so scaled embeddings (Gemma) need no code here.
     """
 
-    def __init__(self, embedding: nn.Module, table: torch.Tensor, device: torch.device, settings: RunSettings):
+    def __init__(
+        self,
+        embedding: nn.Module,
+        table: torch.Tensor,
+        device: torch.device,
+        settings: RunSettings,
+        announce: Callable[[torch.Tensor], None] | None = None,
+    ):
         super().__init__()
         self._owned = (embedding, table)
-        self._device, self._settings = device, settings
+        self._device, self._settings, self._announce = device, settings, announce
         embedding.padding_idx = None  # type: ignore[assignment]  # matters to gradients only, and counts table rows
         # no values: for code that asks the model, or this table, for its device and dtype
         self.weight = nn.Parameter(
@@ -266,6 +273,8 @@ class StreamedEmbedding(nn.Module):
         """token_ids [B, T] on any device -> hidden [B, T, E] on the model's."""
         embedding, table = self._owned
         on_host = token_ids.cpu()
+        if self._announce is not None and on_host.numel() > 1:
+            self._announce(on_host)
         out: torch.Tensor | None = None
         step = max(self._settings.prefill_chunk, 1)
         for start in range(0, on_host.shape[1], step):
@@ -335,6 +344,7 @@ def assemble(
     device: torch.device,
     settings: RunSettings,
     stats: RunStats,
+    announce_rows: Callable[[torch.Tensor], None] | None = None,
 ) -> PreTrainedModel:
     """Put streamed modules into the architecture's model and bind every parameter.
 
@@ -342,7 +352,7 @@ def assemble(
         units: of a pass, in order; those of the head last.
         weights: where their bytes are.
         resident: value of each parameter that is in no unit, by name, on the device.
-        table: [V, E] embedding table on the host.
+        table: [V, E] embedding table on the host. announce_rows: told of the rows that a prompt is about to read.
     Returns:
         architecture.model, changed in place: no parameter of it is on meta.
     """
@@ -371,7 +381,7 @@ def assemble(
     embedding_name = architecture.embedding.name.rpartition(".")[0]
     head_name = architecture.head.name.rpartition(".")[0]
     embedding, head = model.get_submodule(embedding_name), model.get_submodule(head_name)
-    _replace(model, embedding_name, StreamedEmbedding(embedding, table, device, settings))
+    _replace(model, embedding_name, StreamedEmbedding(embedding, table, device, settings, announce_rows))
     _replace(model, head_name, StreamedHead(head, architecture.head, weights, head_units))
     decoder = model.get_submodule(architecture.layer_path.rpartition(".")[0])
     children = list(decoder.named_children())

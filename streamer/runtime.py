@@ -5,6 +5,7 @@ import platform
 import sys
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -143,6 +144,8 @@ def build_runtime(
         allowed = (plan.request.vram_bytes or total) - CONTEXT_BYTES
         torch.cuda.set_per_process_memory_fraction(max(0.0, min(1.0, allowed / total)), device)
     files = packed.checkpoint if packed is not None and plan.is_coded else checkpoint
+    # small weights: asked of the disk before the readers of large ones keep it busy
+    checkpoint.will_need(source for p in architecture.resident for source in p.sources)
     table = read_parameter(architecture.embedding, checkpoint, architecture.model)
     weights: DeviceWeights | MappedWeights | None = None
     link = None
@@ -229,10 +232,12 @@ def _assembled(
     device: torch.device,
     stats: RunStats,
 ) -> PreTrainedModel:
-    checkpoint.will_need(source for p in architecture.resident for source in p.sources)
     resident = {p.name: read_parameter(p, checkpoint, architecture.model).to(device) for p in architecture.resident}
     settings = RunSettings(plan.prefill_chunk, architecture.uses_own_attention)
-    return assemble(architecture, plan.units, weights, resident, table, device, settings, stats)
+    embedding = architecture.embedding
+    is_mapped = embedding.is_stored_as_run and embedding.conversion is None
+    announce = partial(checkpoint.will_need_rows, embedding.sources[-1]) if is_mapped else None
+    return assemble(architecture, plan.units, weights, resident, table, device, settings, stats, announce)
 
 
 def measured_context_bytes(device: torch.device) -> int:

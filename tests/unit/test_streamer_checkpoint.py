@@ -212,6 +212,20 @@ def test_small_tensors_are_asked_for_at_once(tmp_path: Path, monkeypatch: pytest
     ]
 
 
+def test_rows_that_will_be_needed_are_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    safetensors.torch.save_file({"a": torch.zeros(3), "table": torch.zeros(100, 7)}, tmp_path / "model.safetensors")
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, start, nbytes, advice: asked.append((start, nbytes)))
+    with Checkpoint.open(tmp_path) as checkpoint:
+        start = checkpoint.entry("table").offset
+        checkpoint.will_need_rows("table", torch.tensor([[99, 4, 5], [4, 0, 6]]))
+        assert asked == [(start, 28), (start + 4 * 28, 3 * 28), (start + 99 * 28, 28)]
+        checkpoint.will_need_rows("table", torch.tensor([], dtype=torch.int64))
+        assert len(asked) == 3
+        with pytest.raises(MissingTensorError):
+            checkpoint.will_need_rows("tables", torch.tensor([1]))
+
+
 def test_spans_merge_what_touches(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(
         file_bytes({name: entry(2 * i, 2 * i + 2) for i, name in enumerate("abcde")}, bytes(10))

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from streamer import ContextLengthError, OptionError, StreamingEngine
+from streamer.checkpoint import Checkpoint
 from streamer.engine import free_ram
 from streamer.errors import DoesNotFitError, MissingTensorError
 from turboquant import OptionError as TurboQuantOptionError
@@ -214,3 +216,14 @@ def test_free_memory_is_what_a_containers_limit_leaves(tmp_path: Path) -> None:
     assert free_ram(tmp_path) == pytest.approx(everything, rel=0.1)
     (tmp_path / "memory.max").write_text("1000000\n")
     assert free_ram(tmp_path) == 1000000 - 700000 + 250000
+
+
+def test_a_prompts_rows_are_asked_for_before_they_are_read(
+    random_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cold run waited a second for rows of the embedding, one after the other."""
+    asked: list[torch.Tensor] = []
+    monkeypatch.setattr(Checkpoint, "will_need_rows", lambda self, name, rows: asked.append(rows))
+    with StreamingEngine(random_checkpoint("llama"), device="cpu", bits=16) as engine:
+        engine.generate_ids([5, 3, 5, 9], max_new_tokens=3, temperature=0)
+    assert [rows.tolist() for rows in asked] == [[[5, 3, 5, 9]]]
