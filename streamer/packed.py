@@ -110,7 +110,7 @@ class SliceCoder:
 
     def __init__(self, device: torch.device):
         self._device = device
-        # bounds the GPU's memory; a GPU codes faster than the threads read and check
+        # bounds the GPU's memory, whatever the number of threads
         self._turn = threading.Lock()
 
     def room(self, nbytes: int) -> Tensor:
