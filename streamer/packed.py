@@ -110,13 +110,24 @@ class SliceCoder:
 
     def __init__(self, device: torch.device):
         self._device = device
-        # one slice at a time keeps memory bounded, and a slice that waits has its thread wait, not those that read,
-        # check and write others
+        # bounds the GPU's memory, whatever the number of threads
         self._turn = threading.Lock()
 
     def room(self, nbytes: int) -> Tensor:
-        """[nbytes] uint8 in host memory, page-locked for a GPU, which copies from and to it without a detour."""
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        """[nbytes] uint8 in host memory, page-locked for a GPU, which copies from and to it without a detour.
+
+        Raises:
+            DoesNotFitError: the system page-locks no more.
+        """
+        if self._device.type != "cuda":
+            return torch.empty(nbytes, dtype=torch.uint8)
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            raise DoesNotFitError(
+                f"coding on {self._device} needs {nbytes} more bytes of page-locked memory ({error}): "
+                "write --device cpu"
+            ) from error
 
     def encode(self, weights: Tensor) -> CodedTensor:
         """Weights in host memory, coded, in host memory: the same bytes whatever the device.

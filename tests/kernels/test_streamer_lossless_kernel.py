@@ -1,8 +1,14 @@
 """The kernel that decodes weights against plain PyTorch, bit for bit: in the interpreter, and on a GPU."""
 
+import collections
+import os
+import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +19,8 @@ from streamer.ops.lossless import decode, encode, reference
 from streamer.ops.lossless import kernel as lossless_kernel
 from streamer.ops.lossless.layout import BLOCK
 from streamer.ops.lossless.together import CodedPart, PartsDecoder
+
+ROOT = Path(__file__).parents[2]
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -186,6 +194,31 @@ def test_wrong_bytes_of_a_unit_are_refused(device: str, monkeypatch: pytest.Monk
         decoder.decode(source, unit[8:])
     with pytest.raises(OptionError, match=r"parts begin at multiples of 16 bytes, got CodedPart\(stored_at=8,"):
         PartsDecoder([CodedPart(8, 16, 0, 16)], torch.device(device))
+
+
+def test_lanes_move_whole_words(tmp_path: Path) -> None:
+    """Places from a table hide what is aligned, unless the compiler is shown: lanes would move single bytes then."""
+    code = (
+        "from check_kernels import _NoGPU; from triton.runtime import driver; driver.set_active(_NoGPU(90));"
+        "from streamer.ops.lossless import kernel;"
+        "print(kernel.compile_parts(kernel.parts_table([])[0]).asm['ptx'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    accesses = collections.Counter(re.findall(r"(?:ld|st)\.global\.[v.b0-9]+", done.stdout))
+    assert {name: n for name, n in accesses.items() if not name.endswith("b64")} == {
+        "ld.global.b32": 11,  # 3 of planes, 8 of signs; 128 lanes side by side
+        "st.global.b32": 16,  # of weights
+        "ld.global.v4.b32": 2,  # of raw bytes
+        "st.global.v4.b32": 4,  # of raw bytes, of tails
+        "ld.global.v2.b32": 4,  # of tails, which may begin at a multiple of 8
+        "ld.global.b8": 4,  # an escape and a sign; the last bytes of a copy
+        "st.global.b16": 1,
+        "st.global.b8": 2,
+    }
 
 
 @contextmanager

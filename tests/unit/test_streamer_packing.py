@@ -588,12 +588,15 @@ def test_a_gpu_makes_the_same_files(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_gpu_without_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(weights: torch.Tensor) -> CodedTensor:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    def full(*arguments: object, **options: object) -> CodedTensor:
+        raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(packed, "encode", full)
     with pytest.raises(DoesNotFitError, match="meta has no memory for coding 16 bytes .* write --device cpu"):
         SliceCoder(torch.device("meta")).encode(torch.ones(8).bfloat16())
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(DoesNotFitError, match=r"cuda needs 9 more bytes of page-locked memory \(out of memory\): w"):
+        SliceCoder(torch.device("cuda")).room(9)
 
 
 def test_few_slices_are_in_memory_at_a_time() -> None:
