@@ -175,7 +175,6 @@ def run_streamed(args: argparse.Namespace, watcher: PeakWatcher) -> Iterator[dic
         "host": plan.host,
         "uses_direct_io": plan.direct_io,
         "coded_share": plan.coded_share if plan.is_coded else None,
-        "decode_layer_s": engine.stats.layer_s,
         "layers_resident": plan.layers_resident,
         "prefill_chunk": plan.prefill_chunk,
         "predicted_peak_bytes": plan.device_bytes,
@@ -221,7 +220,7 @@ def read_evicted(folder: Path, codec: str) -> float:
     from streamer.weights.host import reader_threads
 
     with Checkpoint.open(folder) as checkpoint:
-        packed, _ = open_packed(checkpoint, codec)
+        packed = open_packed(checkpoint, codec, on_note=print)
         files = packed.checkpoint if packed is not None else checkpoint
         folders = {folder, files.folder}
         evict(folders)

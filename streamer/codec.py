@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from streamer.architecture import Architecture, Unit, UnitCode, aligned
+from streamer.architecture import Architecture, Unit, UnitCode, aligned, reason_of
 from streamer.checkpoint import Checkpoint
 from streamer.errors import CheckpointError, DoesNotFitError, OptionError
 from streamer.options import AUTO_CODEC, CODECS, LOSSLESS, RAW, cache_dir
@@ -17,13 +17,11 @@ from streamer.weights import PackedWeights
 _LIKELY_SHARE = 0.704
 
 
-def open_packed(checkpoint: Checkpoint, codec: str) -> tuple[PackedWeights | None, str | None]:
-    """The packed weights of a checkpoint that a run may use.
+def open_packed(checkpoint: Checkpoint, codec: str, *, on_note: Callable[[str], None]) -> PackedWeights | None:
+    """The packed weights of a checkpoint that a run may use; None without any.
 
     Args:
-        checkpoint: opened; stays open as long as the weights. codec: one of CODECS.
-    Returns:
-        the weights, None without any; and a line to tell, None if there is nothing to tell.
+        checkpoint: opened; stays open as long as the weights. codec: one of CODECS. on_note: told what is chosen.
     Raises:
         OptionError: lossless was asked for, and the checkpoint has not been packed as it is now. CheckpointError and
             its children: lossless was asked for, and a packed file is damaged.
@@ -32,21 +30,20 @@ def open_packed(checkpoint: Checkpoint, codec: str) -> tuple[PackedWeights | Non
     if codec not in CODECS:
         raise OptionError(f"codec {codec!r} is not known: write {', '.join(CODECS[:-1])} or {CODECS[-1]}")
     if codec == RAW:
-        return None, None
+        return None
     try:
         folder = find_packed(checkpoint, cache_dir() / "packed")
     except CheckpointError as error:
         if codec == LOSSLESS:
             raise
-        return None, f"packed weights are left aside: {error}"
-    if folder is None:
-        if codec == LOSSLESS:
-            raise OptionError(
-                f"--codec lossless needs packed weights, and {checkpoint.folder} has not been packed as it is now: run "
-                f"tq-stream pack {checkpoint.folder} first"
-            )
-        return None, None
-    return PackedWeights(folder, checkpoint), None
+        on_note(f"packed weights are left aside: {reason_of(error)}")
+        return None
+    if folder is None and codec == LOSSLESS:
+        raise OptionError(
+            f"--codec lossless needs packed weights, and {checkpoint.folder} has not been packed as it is now: run "
+            f"tq-stream pack {checkpoint.folder} first"
+        )
+    return PackedWeights(folder, checkpoint) if folder is not None else None
 
 
 def make_plan_with_codec(
@@ -81,12 +78,13 @@ def make_plan_with_codec(
             return architecture, as_it_is or planned(architecture)
     else:
         plan = planned(coded)
-    line = (
-        f"weights of layers are kept and moved coded, without loss: {100 * plan.coded_share:.1f} % of their bytes"
-        if plan.is_coded
-        else "no weights get smaller coded: they are kept and moved as they are"
-    )
-    return coded, replace(plan, notes=(*plan.notes, line))
+    notes = list(plan.notes)
+    if plan.is_coded:
+        share = f"{100 * plan.coded_share:.1f} %"
+        notes.append(f"weights of layers are kept and moved coded, without loss: {share} of their bytes")
+    else:
+        notes.append("no weights get smaller coded: they are kept and moved as they are")
+    return coded, replace(plan, notes=tuple(notes))
 
 
 def as_if_packed(architecture: Architecture) -> Architecture | None:

@@ -123,9 +123,7 @@ class StreamingEngine:
         self.folder = resolved.folder
         self._checkpoint = Checkpoint.open(self.folder)
         self._name, self._codec = str(model), codec
-        self._packed, line = open_packed(self._checkpoint, codec)
-        if line is not None:
-            self.stats.note(line)
+        self._packed = open_packed(self._checkpoint, codec, on_note=self.stats.note)
         self._architecture: Architecture | None = self._read_architecture()
         self._config = self._architecture.decoder_config
         self.stats.num_layers = self._architecture.num_layers
@@ -541,7 +539,7 @@ def plan_report(
     folder = resolve_model(str(model), offline=offline, on_line=on_note).folder
     with Checkpoint.open(folder) as checkpoint:
         architecture = read_architecture(folder, checkpoint, dtype=run_dtype)
-        packed, line = open_packed(checkpoint, codec)
+        packed = open_packed(checkpoint, codec, on_note=on_note)
     limit = model_context(architecture.decoder_config)
     request = Request(
         context=context or min(limit, DEFAULT_CONTEXT),
@@ -557,9 +555,8 @@ def plan_report(
         raise _context_error(request.context, limit)
     held = bytes_of(architecture.key_biases(None), on_gpu=True)
     architecture, plan = make_plan_with_codec(architecture, packed, codec, request, key_bias_bytes=held)
-    for note in (line, *architecture.notes, *plan.notes):
-        if note is not None:
-            on_note(note)
+    for line in (*architecture.notes, *plan.notes):
+        on_note(line)
     return build_report(architecture, plan, None, None, machine=Machine(link_bytes_per_s), has_budgets=True)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -35,9 +36,8 @@ def folder(random_checkpoint: Callable[..., Path]) -> Path:
 def packed_model(folder: Path) -> Iterator[tuple[Architecture, PackedWeights]]:
     pack(folder, cache_dir() / "packed", threads=1)
     with Checkpoint.open(folder) as checkpoint:
-        packed, line = open_packed(checkpoint, "auto")
+        packed = open_packed(checkpoint, "auto", on_note=pytest.fail)
         assert packed is not None
-        assert line is None
         yield read_architecture(folder, checkpoint), packed
         packed.close()
 
@@ -115,11 +115,11 @@ def test_the_cpu_reads_weights_as_they_are(packed_model: tuple[Architecture, Pac
 
 def test_lossless_without_packed_weights_says_what_to_type(folder: Path) -> None:
     with Checkpoint.open(folder) as checkpoint:
-        assert open_packed(checkpoint, "auto") == (None, None)
+        assert open_packed(checkpoint, "auto", on_note=pytest.fail) is None
         with pytest.raises(OptionError, match=f"run tq-stream pack {folder} first"):
-            open_packed(checkpoint, "lossless")
+            open_packed(checkpoint, "lossless", on_note=pytest.fail)
         with pytest.raises(OptionError, match="write auto, raw or lossless"):
-            open_packed(checkpoint, "zip")
+            open_packed(checkpoint, "zip", on_note=pytest.fail)
 
 
 def test_packed_weights_of_other_files_are_not_used(
@@ -131,7 +131,7 @@ def test_packed_weights_of_other_files_are_not_used(
     os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     try:
         with Checkpoint.open(folder) as checkpoint:
-            assert open_packed(checkpoint, "auto") == (None, None)
+            assert open_packed(checkpoint, "auto", on_note=pytest.fail) is None
     finally:
         os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
 
@@ -143,13 +143,12 @@ def test_damaged_packed_weights_are_left_aside_or_refused(
     file = next(iter(packed.checkpoint.tensors.values())).shard
     file.write_bytes(file.read_bytes()[:-1])
     with Checkpoint.open(folder) as checkpoint:
-        found, line = open_packed(checkpoint, "auto")
-        assert found is None
-        assert line is not None
-        assert "packed weights are left aside" in line
-        assert file.name in line
+        lines: list[str] = []
+        assert open_packed(checkpoint, "auto", on_note=lines.append) is None
+        assert len(lines) == 1
+        assert re.match(f"packed weights are left aside: .*{file.name}", lines[0])
         with pytest.raises(CheckpointError, match=file.name):
-            open_packed(checkpoint, "lossless")
+            open_packed(checkpoint, "lossless", on_note=pytest.fail)
 
 
 def test_the_report_and_its_command_know_coded_sizes(
