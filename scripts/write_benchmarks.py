@@ -33,7 +33,7 @@ KINDS: dict[str, tuple[tuple[str, ...], str]] = {
     "encode": (("side", "bits", "dim", "heads", "tokens"), "| encode | time | share of a plain copy | commit |"),
     "unpack": (("side", "bits", "dim", "heads", "tokens"), "| unpack | time | share of a plain fill | commit |"),
     "cache": (
-        ("model", "bits", "prompt", "new"),
+        ("model", "bits", "prompt", "new", "decay"),
         "| decoding, everything resident | tok/s | cache | held after the prompt | beside 16 bits | commit |",
     ),
     "codec": (
@@ -50,7 +50,7 @@ def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
     """What tells a row from others."""
     if "kind" not in row:
         return tuple(row.get(name) for name in KEY)
-    return (row["kind"], *(json.dumps(row[name], sort_keys=True) for name in KINDS[row["kind"]][0]))
+    return (row["kind"], *(json.dumps(row.get(name), sort_keys=True) for name in KINDS[row["kind"]][0]))
 
 
 def merged(kept: Iterable[dict[str, Any]], measured: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -129,12 +129,18 @@ def kind_row(row: dict[str, Any]) -> str:
         ]
     elif row["kind"] == "cache":
         ours = "speed_ratio" in row
+        decay = f", decay {row['decay']}" if row.get("decay") else ""
+        beside = [f"{row['speed_ratio']:.2f} times the speed, {100 * row['saved_share']:.0f} % saved"] if ours else []
+        if decay:
+            beside.append(
+                f"{row['undecayed_ratio']:.2f} times the speed without decay, ageing {100 * row['ageing_share']:.1f} %"
+            )
         cells = [
-            f"{row['model']}, {row['prompt']} tokens, {row['bits']} bits",
+            f"{row['model']}, {row['prompt']} tokens, {row['bits']} bits{decay}",
             f"{row['tokens_per_s']:.2f}",
             f"{row['cache_bytes'] / 1e9:.2f} GB",
             f"{row['held_bytes'] / 1e9:.2f} GB",
-            f"{row['speed_ratio']:.2f} times the speed, {100 * row['saved_share']:.0f} % saved" if ours else "",
+            "; ".join(beside),
         ]
     elif row["kind"] == "codec":
         disk = f" ({row['disk_bytes_per_s'] / 1e9:.2f} GB/s)" if "disk_bytes_per_s" in row else ""

@@ -325,3 +325,14 @@ def test_the_table_of_the_page_is_made_from_the_rows_beside_it() -> None:
     text = write_benchmarks.PAGE.read_text(encoding="utf-8")
     assert rows == write_benchmarks.merged(rows, [])
     assert write_benchmarks.page(text, rows) == text
+
+
+def test_a_decaying_cache_has_a_line_of_its_own() -> None:
+    row = {"kind": "cache", "model": "m", "bits": 4, "prompt": 99, "new": 9, "tokens_per_s": 5.0, "commit": "abc1234"}
+    row |= {"cache_bytes": 10**9, "held_bytes": 2 * 10**9, "speed_ratio": 1.5, "saved_share": 0.7}
+    decayed = row | {"decay": "64:3", "undecayed_ratio": 1.02, "ageing_share": 0.015}
+    assert len(write_benchmarks.merged([row, row | {"decay": None}], [decayed])) == 2
+    assert write_benchmarks.kind_row(decayed) == (
+        "| m, 99 tokens, 4 bits, decay 64:3 | 5.00 | 1.00 GB | 2.00 GB | 1.50 times the speed, 70 % saved; 1.02 times "
+        "the speed without decay, ageing 1.5 % | abc1234 |"
+    )
