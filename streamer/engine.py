@@ -22,6 +22,7 @@ from transformers import (
 from streamer.architecture import Architecture, bytes_of, read_architecture, reason_of
 from streamer.checkpoint import Checkpoint
 from streamer.codec import as_if_packed, make_plan_with_codec, open_packed
+from streamer.devices import find_device
 from streamer.errors import ContextLengthError, DoesNotFitError, OptionError, UnsupportedModelError
 from streamer.forecast import Lever, Machine, machine_of_run, next_lever
 from streamer.generation import StopWhen, TokenSink, generation_config, seeded
@@ -104,7 +105,7 @@ class StreamingEngine:
         on_note: Callable[[str], None] | None = None,
     ):
         self.stats = RunStats(on_note=on_note or logger.warning)
-        self._device = _device(device)
+        self._device = find_device(device)
         _check_layout(context, prefill_chunk, resident)
         for name, value in (("vram", vram), ("resident", resident), ("direct_io", direct_io)):
             if value is not None and self._device.type == "cpu":
@@ -599,23 +600,6 @@ def _check_layout(context: int | None, prefill_chunk: int | None, resident: int 
             raise OptionError(f"{name} must be at least 1 token; got {value}")
     if resident is not None and resident < 0:
         raise OptionError(f"resident must be 0 or more layers; got {resident}")
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise OptionError(f"{name!r} is not a device: write cuda, cuda:1 or cpu") from error
-    if device.type not in ("cuda", "cpu"):
-        raise OptionError(f"device {name!r} cannot be used: write cuda, cuda:1 or cpu")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise OptionError(f"device {name!r} was asked for and {count} CUDA devices were found: write --device cpu")
-        return torch.device("cuda", device.index or 0)
-    return device
 
 
 def model_context(config: PreTrainedConfig) -> int:

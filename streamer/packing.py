@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import torch
 
 from streamer.checkpoint import Checkpoint, TensorEntry
+from streamer.devices import find_device
 from streamer.errors import CheckpointError, HeaderError, MissingShardError, OptionError, UnsupportedModelError
 from streamer.packed import (
     SUFFIX,
@@ -116,18 +117,15 @@ def coding_device(name: str | None, *, on_line: Callable[[str], None]) -> torch.
     """The device that codes weights: the current GPU if there is one, else the CPU; says which.
 
     Args:
-        name: "cuda" or "cpu"; None chooses. on_line: told in one line.
+        name: as `find_device` takes it. on_line: told in one line.
     Raises:
-        OptionError: a GPU was asked for, and there is none.
+        OptionError: no such device.
     """
-    has_gpu = torch.cuda.is_available()
-    if name == "cuda" and not has_gpu:
-        raise OptionError("device 'cuda' was asked for and no CUDA device was found: write --device cpu")
-    if name == "cpu" or not has_gpu:
+    device = find_device(name)
+    if device.type == "cpu":
         on_line("the CPU codes the weights")
-        return torch.device("cpu")
-    device = torch.device("cuda", torch.cuda.current_device())
-    on_line(f"{torch.cuda.get_device_name(device)} codes the weights")
+    else:
+        on_line(f"{torch.cuda.get_device_name(device)} codes the weights")
     return device
 
 

@@ -15,8 +15,7 @@ from streamer.options import cache_dir, format_size
 @click.option("--offline", is_flag=True, help="Never use the network; HF_HUB_OFFLINE=1 does the same.")
 @click.option(
     "--device",
-    type=click.Choice(["cuda", "cpu"]),
-    help="What codes the weights; the files are the same.  [default: cuda if there is one]",
+    help="What codes the weights, cuda, cuda:1 or cpu; the files are the same.  [default: cuda if there is one]",
 )
 def pack(model: str, offline: bool, device: str | None) -> None:
     """Write MODEL's bf16 weights in about 70 % of their bytes, without loss.

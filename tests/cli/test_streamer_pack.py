@@ -78,7 +78,7 @@ def test_an_interrupted_run_says_how_it_goes_on(
 def test_a_gpu_that_is_not_there_is_refused(wide: Path) -> None:
     done = tq_stream("pack", wide, "--device", "cuda")
     assert (done.exit_code, done.stdout) == (2, "")
-    assert "device 'cuda' was asked for and no CUDA device was found: write --device cpu" in done.stderr
+    assert "device 'cuda' was asked for and 0 CUDA devices were found: write --device cpu" in done.stderr
 
 
 def test_wrong_usage() -> None:
