@@ -4,6 +4,7 @@ Every read writes over poisoned bytes, and every unit is compared with the check
 """
 
 import errno
+import os
 import subprocess
 import sys
 import threading
@@ -200,6 +201,23 @@ def test_packed_bytes_are_checked_when_they_are_read_for_the_first_time(
         file.seek(entry.offset)
         file.write(byte)
     assert weights.read(name, 0, entry.nbytes, buffer, direct=False)[0] == byte[0]
+
+
+@pytest.mark.parametrize("is_deleted", [False, True])
+def test_a_packed_file_that_is_gone_is_to_be_packed_again(
+    packed_architecture: tuple[Architecture, Checkpoint, PackedWeights], is_deleted: bool
+) -> None:
+    """Not to be downloaded, as a checkpoint's."""
+    _, _, weights = packed_architecture
+    name, entry = list(weights.checkpoint.tensors.items())[-1]
+    if is_deleted:
+        entry.shard.unlink()
+    else:
+        os.truncate(entry.shard, entry.offset + 10)
+    buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
+    advice = f"\n  Delete {entry.shard.parent}, and write it again: tq-stream pack MODEL.$"
+    with pytest.raises(CheckpointError, match=f"(?s){entry.shard.name}.*{advice}"):
+        weights.read(name, 0, entry.nbytes, buffer, direct=False)
 
 
 def test_units_with_bytes_that_are_not_packed_as_they_run_stay_as_they_are(
