@@ -136,6 +136,20 @@ def test_packed_weights_of_other_files_are_not_used(
         os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", "{"])
+def test_a_damaged_note_of_what_was_packed_counts_as_none(
+    packed_model: tuple[Architecture, PackedWeights], folder: Path, content: str
+) -> None:
+    del packed_model
+    (note,) = (cache_dir() / "packed").glob("*.json")
+    note.write_text(content)
+    with Checkpoint.open(folder) as checkpoint:
+        assert open_packed(checkpoint, "auto", on_note=pytest.fail) is None
+    pack(folder, cache_dir() / "packed", threads=1)
+    with Checkpoint.open(folder) as checkpoint:
+        assert open_packed(checkpoint, "auto", on_note=pytest.fail) is not None
+
+
 def test_damaged_packed_weights_are_left_aside_or_refused(
     packed_model: tuple[Architecture, PackedWeights], folder: Path
 ) -> None:
