@@ -10,16 +10,18 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from make_checkpoint import SHAPES, write_checkpoint
 from streamer import StreamingEngine
 from streamer.architecture import Architecture, decoded_bytes, read_architecture
 from streamer.checkpoint import Checkpoint
 from streamer.cli import main
-from streamer.codec import make_plan_with_codec, open_packed
+from streamer.codec import as_if_packed, make_plan_with_codec, open_packed
 from streamer.engine import plan_report
 from streamer.errors import CheckpointError, DoesNotFitError, OptionError
 from streamer.options import GIB, MIB, cache_dir
 from streamer.packing import pack
 from streamer.plan import Plan, Request, make_plan
+from streamer.report import MemoryReport
 from streamer.weights import PackedWeights
 
 LAYERS = 8
@@ -182,3 +184,29 @@ def test_the_report_and_its_command_know_coded_sizes(
         assert done.exit_code == 0, done.output
         assert json.loads(done.stdout)["streamed_bytes"] == streamed
     assert decoded_bytes(packed.coded(architecture).layers[0]) == architecture.layer_bytes // LAYERS
+
+
+class _LikelyWeights:
+    """In place of packed weights: sizes of a model that need not be on the disk, of which only plans are made."""
+
+    coded = staticmethod(as_if_packed)
+
+
+@pytest.mark.parametrize("own", [6, 10, 24])
+def test_rows_of_other_budgets_are_what_a_run_with_these_would_do(
+    own: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is the model fits 24 GiB, and coded it streams less than as it is in 6 and 10."""
+    folder = tmp_path / "qwen2.5-7b"
+    write_checkpoint(SHAPES["qwen2.5-7b"], folder, headers_only=True)
+    monkeypatch.setattr("streamer.engine.open_packed", lambda *_, **__: _LikelyWeights())
+
+    def report(size: int) -> MemoryReport:
+        return plan_report(folder, vram=size * GIB, ram="64GiB", context=4096, bits=16, link_bytes_per_s=50e9)
+
+    rows = report(own).budgets
+    assert {6 * GIB, 12 * GIB} < {row.vram_bytes for row in rows}
+    for row in rows:
+        wanted = report(row.vram_bytes // GIB)
+        assert (row.streamed_bytes, row.layers_resident) == (wanted.streamed_bytes, wanted.layers_resident)
+    assert [report(size).codec for size in (6, 10, 24)] == ["lossless", "lossless", "raw"]
