@@ -20,7 +20,7 @@ from streamer.engine import plan_report
 from streamer.errors import CheckpointError, DoesNotFitError, OptionError
 from streamer.options import GIB, MIB, cache_dir
 from streamer.packing import pack
-from streamer.plan import Plan, Request, make_plan
+from streamer.plan import PROCESS_BYTES, Plan, Request, make_plan
 from streamer.report import MemoryReport
 from streamer.weights import PackedWeights
 
@@ -68,6 +68,17 @@ def test_coded_layers_leave_room_for_more_of_them(packed_model: tuple[Architectu
     assert coded.device_bytes <= (request.vram_bytes or 0)
     assert {term.name: term.nbytes for term in coded.terms}["one decoded layer"] == architecture.layer_bytes // LAYERS
     assert coded.notes[-1] == "weights of layers are kept and moved coded, without loss: 70.1 % of their bytes"
+
+
+def test_host_memory_holds_coded_units(packed_model: tuple[Architecture, PackedWeights]) -> None:
+    """In memory that is enough for all layers coded, and not as they are, no file is read again."""
+    architecture, packed = packed_model
+    request = replace(least_request(architecture), resident_layers=0)
+    _, roomy = make_plan_with_codec(architecture, packed, "lossless", request)
+    assert {term.name: term.nbytes for term in roomy.terms}["page-locked weights"] == roomy.streamed_bytes
+    tight = replace(request, ram_bytes=PROCESS_BYTES + int(1.2 * roomy.streamed_bytes))
+    assert make_plan_with_codec(architecture, packed, "lossless", tight)[1].staged_bytes == 0
+    assert make_plan_with_codec(architecture, packed, "raw", tight)[1].staged_bytes > 0
 
 
 def test_a_ring_of_coded_layers_holds_no_prompt(packed_model: tuple[Architecture, PackedWeights]) -> None:
