@@ -187,7 +187,9 @@ def pack(
 
 
 def find_packed(checkpoint: Checkpoint, cache: Path) -> PackedFolder | None:
-    """The packed folder that `pack` has made of a checkpoint as it is now; None if there is none.
+    """The packed folder that `pack` has made of a checkpoint's weights as they are now; None if there is none.
+
+    Of the small files beside them nothing is asked: a run reads the checkpoint's own.
 
     Args:
         checkpoint: opened. cache: as for `pack`.
@@ -196,8 +198,10 @@ def find_packed(checkpoint: Checkpoint, cache: Path) -> PackedFolder | None:
     Source: own.
     """
     known = _packed_before(_place(checkpoint.folder, cache))
-    sources = _sources(*_files_of(checkpoint.folder, checkpoint.tensors.values())) if known is not None else None
-    if known is None or known[0] != sources or not (cache / known[1]).is_dir():
+    if known is None or not (cache / known[1]).is_dir():
+        return None
+    shards, _ = _files_of(checkpoint.folder, checkpoint.tensors.values())
+    if known[0][: len(shards)] != _sources(shards, ()):
         return None
     return PackedFolder.open(cache / known[1])
 

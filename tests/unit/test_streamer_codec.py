@@ -149,6 +149,17 @@ def test_packed_weights_of_other_files_are_not_used(
         os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
+def test_packed_weights_stay_in_use_when_a_small_file_changes(
+    packed_model: tuple[Architecture, PackedWeights], folder: Path
+) -> None:
+    """As when a chat template or the defaults of sampling are edited."""
+    del packed_model
+    small = folder / "generation_config.json"
+    small.write_text(small.read_text() + "\n")
+    with Checkpoint.open(folder) as checkpoint:
+        assert open_packed(checkpoint, "lossless", on_note=pytest.fail) is not None
+
+
 @pytest.mark.parametrize("content", ["{}", "[]", "{"])
 def test_a_damaged_note_of_what_was_packed_counts_as_none(
     packed_model: tuple[Architecture, PackedWeights], folder: Path, content: str
