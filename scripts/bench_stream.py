@@ -362,7 +362,7 @@ def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every runner in a process of its own, then the ratios; the rows made here."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        runs = [(runner, codec) for runner in RUNNERS for codec in args.codec if codec == "raw" or runner == "streamed"]
+        runs = [(runner, codec) for runner in RUNNERS for codec in (args.codec if runner == "streamed" else ["raw"])]
         for runner, codec in runs:
             if runner not in args.runners.split(","):
                 continue
@@ -412,7 +412,7 @@ def ratios(row: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, f
     Returns:
         cpu_offload, auto (same budget), resident: tokens per second over theirs, greater is better.
         raw: tokens per second of coded weights over those of weights as they are, all else equal. same_logits: whether
-            both gave the same logits, bit for bit.
+            both gave the same logits, bit for bit, if both were asked (--digest).
         possible: tokens per second over the smaller of the link's (and readers') limit and resident's.
         first_token: our time to it over the larger of one sweep over the link and resident's, smaller is better.
     """
@@ -426,11 +426,13 @@ def ratios(row: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, f
     for name in ("cpu_offload", "auto", "resident"):
         if name in baselines:
             found[name] = row["tokens_per_s"] / baselines[name]["tokens_per_s"]
-    alike = ("runner", "model", "prompt", "vram", "bits", "resident", "ram", "direct_io", "evict")
+    alike = ("runner", "model", "prompt", "vram", "bits", "resident", "ram", "direct_io", "evict", "versions")
     raw = [o for o in others if all(o.get(key) == row.get(key) for key in alike) and not o.get("codec")]
     if row.get("codec") and raw:
         found["raw"] = row["tokens_per_s"] / raw[0]["tokens_per_s"]
-        found["same_logits"] = row.get("logits_digest") == raw[0].get("logits_digest")
+        digests = row.get("logits_digest"), raw[0].get("logits_digest")
+        if None not in digests:  # neither taken is not the same
+            found["same_logits"] = digests[0] == digests[1]
     resident = baselines.get("resident")
     if resident is not None:
         limit = row["limit_tokens_per_s"]
@@ -473,7 +475,7 @@ def print_row(row: dict[str, Any]) -> None:
             f" (predicted {row['predicted_peak_bytes'] / gb:.2f}), context {row['context_bytes'] / gb:.2f}, "
             f"{row['layers_resident']} layers resident, {row['host']}, {row['streamed_bytes'] / gb:.2f} GB a pass"
         )
-        if row.get("codec"):
+        if row.get("coded_share"):
             line += f", coded to {100 * row['coded_share']:.1f} %"
         if row["share_of_limit"] is not None:
             line += f": {100 * row['share_of_limit']:.1f} % of the limit of {row['limit_tokens_per_s']:.2f} tok/s"

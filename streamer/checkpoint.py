@@ -110,10 +110,22 @@ class Checkpoint:
     """The tensors of one checkpoint folder; owns the maps and file handles of its shards until `close`.
 
     Usable from several threads at once. A context manager that closes at its end.
+
+    Args:
+        folder, tensors, shard_bytes: as `open` finds them.
+        advice: what to do about a file that is not as it was when it was opened, a sentence.
     """
 
-    def __init__(self, folder: Path, tensors: Mapping[str, TensorEntry], shard_bytes: Mapping[Path, int]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        tensors: Mapping[str, TensorEntry],
+        shard_bytes: Mapping[Path, int],
+        *,
+        advice: str = _AGAIN,
+    ) -> None:
         self.folder = folder
+        self._advice = advice
         self._tensors = tensors
         self._shard_bytes = shard_bytes
         self._maps: dict[Path, torch.Tensor] = {}
@@ -334,13 +346,13 @@ class Checkpoint:
             except OSError as error:
                 raise CheckpointError(
                     f"{entry.shard} cannot be read at byte {first - ahead + done_bytes} ({error.strerror}).\n"
-                    f"  Check the disk, or download the file again.",
+                    f"  Check the disk. {self._advice}",
                     path=entry.shard,
                 ) from error
             if read_bytes == 0:
                 raise TruncatedShardError(
                     f"{entry.shard} ends at byte {first - ahead + done_bytes}, inside tensor {name}, "
-                    f"which goes to byte {entry.offset + entry.nbytes}.\n  {_AGAIN}",
+                    f"which goes to byte {entry.offset + entry.nbytes}.\n  {self._advice}",
                     path=entry.shard,
                 )
             done_bytes += read_bytes
@@ -411,7 +423,7 @@ class Checkpoint:
                 self._files[shard] = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:
                 raise CheckpointError(
-                    f"{shard} cannot be opened any more ({error.strerror}).\n  {_AGAIN}", path=shard
+                    f"{shard} cannot be opened any more ({error.strerror}).\n  {self._advice}", path=shard
                 ) from error
         return self._files[shard]
 
@@ -423,7 +435,7 @@ class Checkpoint:
             if found_bytes < expected_bytes:  # touching pages past the end would kill the process
                 raise TruncatedShardError(
                     f"{shard} has become shorter since it was opened: {found_bytes} bytes of {expected_bytes}.\n"
-                    f"  {_AGAIN}",
+                    f"  {self._advice}",
                     path=shard,
                 )
             if shard not in self._maps:

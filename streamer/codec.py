@@ -60,7 +60,8 @@ def make_plan_with_codec(
     is, decoding would only take time.
 
     Args:
-        architecture: none of whose units is coded. packed: of `open_packed`. request, key_bias_bytes: as in make_plan.
+        architecture: with units coded or not: it makes no difference. packed: of `open_packed`.
+        request, key_bias_bytes: as in make_plan.
     Raises:
         DoesNotFitError, OptionError: as make_plan.
     Source: own.
@@ -69,6 +70,7 @@ def make_plan_with_codec(
     def planned(own: Architecture) -> Plan:
         return make_plan(own, request, key_bias_bytes=key_bias_bytes)
 
+    architecture = _uncoded(architecture)
     if packed is None or codec == RAW or request.vram_bytes is None:
         return architecture, planned(architecture)
     coded = packed.coded(architecture)
@@ -94,6 +96,11 @@ def as_if_packed(architecture: Architecture) -> Architecture | None:
     """
     layers = tuple(tuple(_as_if_packed(unit) for unit in layer) for layer in architecture.layers)
     return replace(architecture, layers=layers) if layers != architecture.layers else None
+
+
+def _uncoded(architecture: Architecture) -> Architecture:
+    layers = tuple(tuple(replace(unit, code=None) for unit in layer) for layer in architecture.layers)
+    return replace(architecture, layers=layers)
 
 
 def _as_if_packed(unit: Unit) -> Unit:

@@ -438,7 +438,8 @@ class StreamingEngine:
             biases = architecture.key_biases(None)
             held = bytes_of(biases, on_gpu=self._device.type == "cuda")
             architecture, plan = self._fitted(architecture, self._request(context, 1), held)
-            return build_report(architecture, plan, None, None, machine=Machine(link), has_budgets=has_budgets)
+            planned = self._planned(architecture, plan) if has_budgets else None
+            return build_report(architecture, plan, None, None, machine=Machine(link), planned=planned)
         runtime, caches = self._runtime, self._runtime.caches
         peak, lever, machine = None, None, machine_of_run(runtime.plan, self.stats, link)
         if self._device.type == "cuda":
@@ -453,9 +454,14 @@ class StreamingEngine:
             caches.last,
             caches.last_capacity,
             machine=machine,
-            has_budgets=has_budgets,
+            planned=self._planned(runtime.architecture, runtime.plan) if has_budgets else None,
             lever=lever,
         )
+
+    def _planned(self, architecture: Architecture, plan: Plan) -> Callable[[Request], Plan]:
+        """How this engine would plan other requests than that of a plan."""
+        held = plan.kv_bytes - cache_bytes(architecture, plan.request)
+        return lambda request: self._fitted(architecture, request, held)[1]
 
     def _lever(self, runtime: Runtime, machine: Machine, context_bytes: int) -> Lever:
         """What would have made the last generation faster, within what this process could have."""
@@ -555,10 +561,15 @@ def plan_report(
     if request.context > limit:
         raise _context_error(request.context, limit)
     held = bytes_of(architecture.key_biases(None), on_gpu=True)
-    architecture, plan = make_plan_with_codec(architecture, packed, codec, request, key_bias_bytes=held)
-    for line in (*architecture.notes, *plan.notes):
+
+    def planned(wanted: Request) -> tuple[Architecture, Plan]:
+        return make_plan_with_codec(architecture, packed, codec, wanted, key_bias_bytes=held)
+
+    own, plan = planned(request)
+    for line in (*own.notes, *plan.notes):
         on_note(line)
-    return build_report(architecture, plan, None, None, machine=Machine(link_bytes_per_s), has_budgets=True)
+    machine = Machine(link_bytes_per_s)
+    return build_report(own, plan, None, None, machine=machine, planned=lambda wanted: planned(wanted)[1])
 
 
 def free_ram(cgroup: Path = Path("/sys/fs/cgroup")) -> int:

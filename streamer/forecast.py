@@ -6,7 +6,7 @@ takes beside them (output matrix, sampling, the device's own work) is not modell
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -118,19 +118,17 @@ def predict(plan: Plan, machine: Machine) -> Forecast:
 
 
 def budget_rows(
-    architecture: Architecture,
+    planned: Callable[[Request], Plan],
     request: Request,
     machine: Machine,
     sizes: Sequence[int] = COMMON_VRAM_BYTES,
-    *,
-    key_bias_bytes: int = 0,
 ) -> tuple[BudgetRow, ...]:
     """What the request's GPU budget and others buy, all else as asked.
 
     Args:
+        planned: the plan of a run for a request, or DoesNotFitError.
         request: for a GPU. sizes: other budgets in bytes. Those that the plan does not fit are left out, and so are
             those that buy no more than the one before; the request's own is not.
-        key_bias_bytes: as in make_plan.
     Returns:
         rows by ascending budget.
     """
@@ -139,8 +137,9 @@ def budget_rows(
         is_own = size == request.vram_bytes
         if rows and not rows[-1].streamed_bytes and not is_own:
             continue  # nothing is left to buy
-        plan = _planned(architecture, replace(request, vram_bytes=size), key_bias_bytes)
-        if plan is None:
+        try:
+            plan = planned(replace(request, vram_bytes=size))
+        except DoesNotFitError:
             continue
         forecast = predict(plan, machine)
         row = BudgetRow(size, plan.layers_resident, plan.streamed_bytes, plan.staged_bytes, forecast.tokens_per_s)

@@ -248,7 +248,7 @@ class PackedFile:
             if magic != _MAGIC:
                 raise HeaderError(
                     f"{path} begins with {magic!r}; a packed file of this version begins with {_MAGIC!r}.\n"
-                    f"  {_advice(path)}",
+                    f"  {advice(path)}",
                     path=path,
                 )
             if found_bytes < offset + nbytes:
@@ -265,7 +265,7 @@ class PackedFile:
         except (ValueError, KeyError, TypeError):
             is_whole = False
         if not is_whole:  # with a checksum that fits: nobody's accident, and followed blindly it could ask for anything
-            raise HeaderError(f"{path} has a table that contradicts itself.\n  {_advice(path)}", path=path)
+            raise HeaderError(f"{path} has a table that contradicts itself.\n  {advice(path)}", path=path)
         return cls(path, source, tuple(records))
 
     @property
@@ -289,7 +289,7 @@ def open_file(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
     try:
         file = os.open(path, flags | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be opened ({error.strerror}).\n  {_advice(path)}", path=path) from error
+        raise CheckpointError(f"{path} cannot be opened ({error.strerror}).\n  {advice(path)}", path=path) from error
     try:
         yield file
     finally:
@@ -315,7 +315,7 @@ def read_into(memory: memoryview, file: int, path: Path, start: int) -> None:
             read = os.preadv(file, [memory[done:]], start + done)
         except OSError as error:
             raise CheckpointError(
-                f"{path} cannot be read at byte {start + done} ({error.strerror}).\n  {_advice(path)}", path=path
+                f"{path} cannot be read at byte {start + done} ({error.strerror}).\n  {advice(path)}", path=path
             ) from error
         if read == 0:
             raise TruncatedShardError(_shorter(path, start + done, start + len(memory)), path=path)
@@ -353,15 +353,15 @@ def _is_cover(records: Sequence[Record], source_bytes: int) -> bool:
 
 def altered(path: Path, what: str) -> CheckpointError:
     """The error of a packed file that is not as it was written. what: names its bytes."""
-    return CheckpointError(f"{path} has been altered: {what} are not what was written.\n  {_advice(path)}", path=path)
+    return CheckpointError(f"{path} has been altered: {what} are not what was written.\n  {advice(path)}", path=path)
 
 
-def _shorter(path: Path, found: int, wanted: int) -> str:
-    return f"{path} ends at byte {found}, and goes on to byte {wanted} by its own account.\n  {_advice(path)}"
-
-
-def _advice(path: Path) -> str:
+def advice(path: Path) -> str:
     """What to do about a file that is not as it should be: packed ones can be made again."""
     if SUFFIX in path.suffixes:
         return f"Delete {path.parent}, and write it again: tq-stream pack MODEL."
     return "Check the disk and the file's permissions; a file of a checkpoint can be downloaded again."
+
+
+def _shorter(path: Path, found: int, wanted: int) -> str:
+    return f"{path} ends at byte {found}, and goes on to byte {wanted} by its own account.\n  {advice(path)}"

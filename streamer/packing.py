@@ -161,9 +161,9 @@ def pack(
     cache.mkdir(parents=True, exist_ok=True)
     with _locked(place, folder):
         sources = _sources(shards, small)
-        known = _read_json(place.with_suffix(".json"))
-        if known is not None and known["sources"] == sources and (cache / known["key"]).is_dir():
-            return PackedFolder.open(cache / known["key"])
+        known = _packed_before(place)
+        if known is not None and known[0] == sources and (cache / known[1]).is_dir():
+            return PackedFolder.open(cache / known[1])
         part = place.with_suffix(_PART)
         part.mkdir(exist_ok=True)
         coder = SliceCoder(device)
@@ -185,7 +185,9 @@ def pack(
 
 
 def find_packed(checkpoint: Checkpoint, cache: Path) -> PackedFolder | None:
-    """The packed folder that `pack` has made of a checkpoint as it is now; None if there is none.
+    """The packed folder that `pack` has made of a checkpoint's weights as they are now; None if there is none.
+
+    Of the small files beside them nothing is asked: a run reads the checkpoint's own.
 
     Args:
         checkpoint: opened. cache: as for `pack`.
@@ -193,11 +195,13 @@ def find_packed(checkpoint: Checkpoint, cache: Path) -> PackedFolder | None:
         CheckpointError and its children: there is one, and it is damaged.
     Source: own.
     """
-    known = _read_json(_place(checkpoint.folder, cache).with_suffix(".json"))
-    sources = _sources(*_files_of(checkpoint.folder, checkpoint.tensors.values())) if known is not None else None
-    if known is None or known["sources"] != sources or not (cache / known["key"]).is_dir():
+    known = _packed_before(_place(checkpoint.folder, cache))
+    if known is None or not (cache / known[1]).is_dir():
         return None
-    return PackedFolder.open(cache / known["key"])
+    shards, _ = _files_of(checkpoint.folder, checkpoint.tensors.values())
+    if known[0][: len(shards)] != _sources(shards, ()):
+        return None
+    return PackedFolder.open(cache / known[1])
 
 
 def unpack(packed: PackedFolder, target: Path, *, threads: int, on_progress: Progress | None = None) -> None:
@@ -390,11 +394,12 @@ def _again(folder: Path) -> str:
     return f"Delete {folder}, and write it again: tq-stream pack MODEL."
 
 
-def _read_json(path: Path) -> Any:
-    """The content of a file of ours; None if it cannot be had, or is damaged: it can be made again."""
+def _packed_before(place: Path) -> tuple[list[Any], str] | None:
+    """What the folder at a place held when it was packed, and the key; None if that is not known, or damaged."""
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        known = json.loads(place.with_suffix(".json").read_bytes())
+        return list(known["sources"]), str(known["key"])
+    except (OSError, ValueError, KeyError, TypeError):  # it can be made again
         return None
 
 

@@ -1,6 +1,6 @@
 """MemoryReport: the plan and what was measured, side by side, and how fast that can be, as tables and as JSON."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from rich.text import Text
 from streamer.architecture import Architecture
 from streamer.forecast import BudgetRow, Forecast, Lever, Machine, budget_rows, format_rate, predict
 from streamer.options import GB, GIB, LOSSLESS, RAW, format_size
-from streamer.plan import CacheSettings, Plan, cache_bytes
+from streamer.plan import CacheSettings, Plan, Request, cache_bytes
 from turboquant.hf import TurboQuantCache
 from turboquant.policy import parse_decay, usual_precision
 
@@ -188,7 +188,7 @@ def build_report(
     cache_tokens: int | None = None,
     *,
     machine: Machine | None = None,
-    has_budgets: bool = False,
+    planned: Callable[[Request], Plan] | None = None,
     lever: Lever | None = None,
 ) -> MemoryReport:
     """The report of a plan, with what was measured where there is a measurement.
@@ -196,7 +196,8 @@ def build_report(
     Args:
         device_peak_bytes: of the process, or None. cache: of the last generation, made for cache_tokens tokens a row
             (its row then predicts that many, not the plan's context), or None.
-        machine: rates to predict the speed from. has_budgets: say what other budgets would buy, if its link is known.
+        machine: rates to predict the speed from. planned: says what other budgets would buy, if the link is known: see
+            budget_rows; None = not wanted.
         lever: shown as it is.
     """
     request, settings = plan.request, plan.request.cache
@@ -220,9 +221,8 @@ def build_report(
     machine = machine or Machine()
     link = machine.link_bytes_per_s if peak is not None else None
     budgets: tuple[BudgetRow, ...] = ()
-    if has_budgets and link is not None:
-        biases = plan.kv_bytes - cache_bytes(architecture, request)
-        budgets = budget_rows(architecture, request, machine, key_bias_bytes=biases)
+    if planned is not None and link is not None:
+        budgets = budget_rows(planned, request, machine)
     return MemoryReport(
         rows=rows,
         device_peak=peak,

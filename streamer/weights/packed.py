@@ -10,7 +10,7 @@ import torch
 from streamer.architecture import Architecture, Parameter, Unit, UnitCode, aligned
 from streamer.checkpoint import Checkpoint, TensorEntry
 from streamer.ops.lossless.together import CodedPart
-from streamer.packed import Record, altered, digest_of
+from streamer.packed import Record, advice, altered, digest_of
 from streamer.packing import PackedFolder
 
 
@@ -36,7 +36,8 @@ class PackedWeights:
         self._source = source
         self._unchecked, self._lock = set(self._records), threading.Lock()
         # records are bytes at a place of a file, as tensors are: all that reads those reads these
-        self.checkpoint = Checkpoint(folder.folder, entries, {file.path: file.nbytes for file in folder.files})
+        sizes = {file.path: file.nbytes for file in folder.files}
+        self.checkpoint = Checkpoint(folder.folder, entries, sizes, advice=advice(folder.files[0].path))
 
     def coded(self, architecture: Architecture) -> Architecture:
         """The same architecture with every unit coded whose bytes are in the records and get fewer."""

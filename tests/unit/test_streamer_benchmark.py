@@ -3,6 +3,7 @@
 import json
 import mmap
 import re
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -171,6 +172,10 @@ def test_coded_weights_are_compared_with_those_as_they_are() -> None:
     coded = row_of("streamed", codec="lossless", tokens_per_s=6.0, logits_digest="a")
     assert bench_stream.ratios(coded, [raw, coded]) == {"raw": 1.5, "same_logits": True}
     assert bench_stream.ratios(coded | {"logits_digest": "b"}, [raw, coded])["same_logits"] is False
+    not_asked = {"logits_digest": None}
+    for ours, theirs in ((coded | not_asked, raw), (coded, raw | not_asked), (coded | not_asked, raw | not_asked)):
+        assert bench_stream.ratios(ours, [theirs]) == {"raw": 1.5}
+    assert bench_stream.ratios(coded | {"versions": VERSIONS | {"gpu": "H"}}, [raw]) == {}
     assert bench_stream.ratios(raw, [raw, coded]) == {}
     assert bench_stream.ratios(coded | {"vram": "9GiB"}, [raw]) == {}
 
@@ -198,6 +203,24 @@ def test_the_first_of_two_baselines_counts() -> None:
     # rows of the same run come before those of earlier ones
     others = [row_of("resident", tokens_per_s=2.0), row_of("resident", tokens_per_s=1.0)]
     assert bench_stream.ratios(row_of("streamed"), others)["resident"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("codec", "streamed"), [("raw", ["raw"]), ("lossless", ["lossless"]), ("raw,lossless", ["raw", "lossless"])]
+)
+def test_every_runner_runs_whatever_the_codec(codec: str, streamed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[str, str]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        ran.append((command[command.index("--runner") + 1], command[command.index("--codec") + 1]))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr("sys.argv", ["bench_stream.py", "model", "--vram", "6GiB", "--codec", codec])
+    with pytest.raises(SystemExit):  # no rows were made
+        bench_stream.main()
+    ours = [("streamed", name) for name in streamed]
+    assert ran == [("resident", "raw"), *ours, ("cpu_offload", "raw"), ("auto", "raw")]
 
 
 def test_a_runner_of_its_own_gets_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,16 +10,18 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from make_checkpoint import SHAPES, write_checkpoint
 from streamer import StreamingEngine
 from streamer.architecture import Architecture, decoded_bytes, read_architecture
 from streamer.checkpoint import Checkpoint
 from streamer.cli import main
-from streamer.codec import make_plan_with_codec, open_packed
+from streamer.codec import as_if_packed, make_plan_with_codec, open_packed
 from streamer.engine import plan_report
 from streamer.errors import CheckpointError, DoesNotFitError, OptionError
 from streamer.options import GIB, MIB, cache_dir
 from streamer.packing import pack
-from streamer.plan import Plan, Request, make_plan
+from streamer.plan import PROCESS_BYTES, Plan, Request, make_plan
+from streamer.report import MemoryReport
 from streamer.weights import PackedWeights
 
 LAYERS = 8
@@ -66,6 +68,17 @@ def test_coded_layers_leave_room_for_more_of_them(packed_model: tuple[Architectu
     assert coded.device_bytes <= (request.vram_bytes or 0)
     assert {term.name: term.nbytes for term in coded.terms}["one decoded layer"] == architecture.layer_bytes // LAYERS
     assert coded.notes[-1] == "weights of layers are kept and moved coded, without loss: 70.1 % of their bytes"
+
+
+def test_host_memory_holds_coded_units(packed_model: tuple[Architecture, PackedWeights]) -> None:
+    """In memory that is enough for all layers coded, and not as they are, no file is read again."""
+    architecture, packed = packed_model
+    request = replace(least_request(architecture), resident_layers=0)
+    _, roomy = make_plan_with_codec(architecture, packed, "lossless", request)
+    assert {term.name: term.nbytes for term in roomy.terms}["page-locked weights"] == roomy.streamed_bytes
+    tight = replace(request, ram_bytes=PROCESS_BYTES + int(1.2 * roomy.streamed_bytes))
+    assert make_plan_with_codec(architecture, packed, "lossless", tight)[1].staged_bytes == 0
+    assert make_plan_with_codec(architecture, packed, "raw", tight)[1].staged_bytes > 0
 
 
 def test_a_ring_of_coded_layers_holds_no_prompt(packed_model: tuple[Architecture, PackedWeights]) -> None:
@@ -136,6 +149,31 @@ def test_packed_weights_of_other_files_are_not_used(
         os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
+def test_packed_weights_stay_in_use_when_a_small_file_changes(
+    packed_model: tuple[Architecture, PackedWeights], folder: Path
+) -> None:
+    """As when a chat template or the defaults of sampling are edited."""
+    del packed_model
+    small = folder / "generation_config.json"
+    small.write_text(small.read_text() + "\n")
+    with Checkpoint.open(folder) as checkpoint:
+        assert open_packed(checkpoint, "lossless", on_note=pytest.fail) is not None
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{"])
+def test_a_damaged_note_of_what_was_packed_counts_as_none(
+    packed_model: tuple[Architecture, PackedWeights], folder: Path, content: str
+) -> None:
+    del packed_model
+    (note,) = (cache_dir() / "packed").glob("*.json")
+    note.write_text(content)
+    with Checkpoint.open(folder) as checkpoint:
+        assert open_packed(checkpoint, "auto", on_note=pytest.fail) is None
+    pack(folder, cache_dir() / "packed", threads=1)
+    with Checkpoint.open(folder) as checkpoint:
+        assert open_packed(checkpoint, "auto", on_note=pytest.fail) is not None
+
+
 def test_damaged_packed_weights_are_left_aside_or_refused(
     packed_model: tuple[Architecture, PackedWeights], folder: Path
 ) -> None:
@@ -168,3 +206,29 @@ def test_the_report_and_its_command_know_coded_sizes(
         assert done.exit_code == 0, done.output
         assert json.loads(done.stdout)["streamed_bytes"] == streamed
     assert decoded_bytes(packed.coded(architecture).layers[0]) == architecture.layer_bytes // LAYERS
+
+
+class _LikelyWeights:
+    """In place of packed weights: sizes of a model that need not be on the disk, of which only plans are made."""
+
+    coded = staticmethod(as_if_packed)
+
+
+@pytest.mark.parametrize("own", [6, 10, 24])
+def test_rows_of_other_budgets_are_what_a_run_with_these_would_do(
+    own: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is the model fits 24 GiB, and coded it streams less than as it is in 6 and 10."""
+    folder = tmp_path / "qwen2.5-7b"
+    write_checkpoint(SHAPES["qwen2.5-7b"], folder, headers_only=True)
+    monkeypatch.setattr("streamer.engine.open_packed", lambda *_, **__: _LikelyWeights())
+
+    def report(size: int) -> MemoryReport:
+        return plan_report(folder, vram=size * GIB, ram="64GiB", context=4096, bits=16, link_bytes_per_s=50e9)
+
+    rows = report(own).budgets
+    assert {6 * GIB, 12 * GIB} < {row.vram_bytes for row in rows}
+    for row in rows:
+        wanted = report(row.vram_bytes // GIB)
+        assert (row.streamed_bytes, row.layers_resident) == (wanted.streamed_bytes, wanted.layers_resident)
+    assert [report(size).codec for size in (6, 10, 24)] == ["lossless", "lossless", "raw"]

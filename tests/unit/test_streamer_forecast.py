@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def test_budget_rows_are_the_plans_of_common_cards(changes: dict[str, Any], qwen
         wanted.append((size, plan.layers_resident, streamed_of(plan), staged_of(plan), rate))
         if not streamed_of(plan):
             break
-    rows = budget_rows(qwen_7b, request, Machine(LINK), key_bias_bytes=3 * GIB)
+    rows = budget_rows(partial(make_plan, qwen_7b, key_bias_bytes=3 * GIB), request, Machine(LINK))
     found = [(r.vram_bytes, r.layers_resident, r.streamed_bytes, r.staged_bytes, r.tokens_per_s) for r in rows]
     assert len(found) >= 3
     assert found[-1][2:] == (0, 0, None)
@@ -134,22 +135,24 @@ def test_budget_rows_are_the_plans_of_common_cards(changes: dict[str, Any], qwen
 
 def test_budgets_that_do_not_fit_have_no_row(qwen_7b: Architecture) -> None:
     request = request_of(context=32768, cache=CacheSettings(16), vram_bytes=2 * GIB)
-    rows = budget_rows(qwen_7b, request, Machine(LINK), (3 * GIB, 12 * GIB, 80 * GIB))
+    rows = budget_rows(partial(make_plan, qwen_7b), request, Machine(LINK), (3 * GIB, 12 * GIB, 80 * GIB))
     assert [row.vram_bytes for row in rows] == [12 * GIB, 80 * GIB]
-    assert budget_rows(qwen_7b, request, Machine(LINK), (3 * GIB,)) == ()
+    assert budget_rows(partial(make_plan, qwen_7b), request, Machine(LINK), (3 * GIB,)) == ()
 
 
 @pytest.mark.parametrize(("own", "sizes"), [(9, [6, 8, 9, 12, 16]), (40, [6, 8, 12, 16, 40])])
 def test_the_budget_that_was_asked_for_has_a_row(own: int, sizes: list[int], qwen_7b: Architecture) -> None:
     request = request_of(vram_bytes=own * GIB, context=16384, cache=CacheSettings(16))
-    rows = {row.vram_bytes // GIB: row for row in budget_rows(qwen_7b, request, Machine(LINK))}
+    rows = {row.vram_bytes // GIB: row for row in budget_rows(partial(make_plan, qwen_7b), request, Machine(LINK))}
     assert list(rows) == sizes
     assert rows[own].streamed_bytes == streamed_of(make_plan(qwen_7b, request))
 
 
 def test_budgets_that_buy_no_more_have_no_row(qwen_7b: Architecture) -> None:
     def sizes(own: int) -> list[int]:
-        rows = budget_rows(qwen_7b, request_of(vram_bytes=own * GIB, resident_layers=0), Machine(LINK))
+        rows = budget_rows(
+            partial(make_plan, qwen_7b), request_of(vram_bytes=own * GIB, resident_layers=0), Machine(LINK)
+        )
         assert len({(row.layers_resident, row.streamed_bytes, row.tokens_per_s) for row in rows}) == 1
         return [row.vram_bytes // GIB for row in rows]
 
@@ -160,7 +163,7 @@ def test_budgets_that_buy_no_more_have_no_row(qwen_7b: Architecture) -> None:
 def test_a_report_says_whether_its_rates_count_on_the_files(qwen_7b: Architecture) -> None:
     plan = make_plan(qwen_7b, request_of(ram_bytes=6 * GIB))
     open_one, known = (
-        build_report(qwen_7b, plan, None, None, machine=Machine(LINK, reader), has_budgets=True)
+        build_report(qwen_7b, plan, None, None, machine=Machine(LINK, reader), planned=partial(make_plan, qwen_7b))
         for reader in (None, 2e9)
     )
     assert predict(plan, Machine(LINK)).tokens_per_s == open_one.forecast.tokens_per_s

@@ -4,6 +4,7 @@ Every read writes over poisoned bytes, and every unit is compared with the check
 """
 
 import errno
+import os
 import subprocess
 import sys
 import threading
@@ -183,8 +184,25 @@ def test_a_units_place_is_free_when_it_is_decoded(
     stream.weights.close()
 
 
-def test_packed_bytes_are_checked_when_they_are_read_for_the_first_time(
+def test_decoded_units_of_a_layer_are_there_together(
     packed_architecture: tuple[Architecture, Checkpoint, PackedWeights],
+) -> None:
+    """Chunks of a prompt read the first unit again after the second one has been decoded."""
+    coded, checkpoint, packed_weights = packed_architecture
+    stream = Stream(coded, checkpoint, {2, 3}, ALL, packed=packed_weights)
+    stream.weights.start()
+    for layer in range(6):
+        units = 2 * layer, 2 * layer + 1
+        for index in units:
+            stream.weights.wait(index)
+        for index in units:
+            for parameter, wanted in zip(stream.units[index].parameters, stream.wanted[index], strict=True):
+                assert torch.equal(stream.weights.parameter(index, parameter), wanted), parameter.name
+    stream.weights.close()
+
+
+def test_packed_bytes_are_checked_when_they_are_read_for_the_first_time(
+    packed_architecture: tuple[Architecture, Checkpoint, PackedWeights], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, _, weights = packed_architecture
     name, entry = next(iter(weights.checkpoint.tensors.items()))
@@ -200,6 +218,25 @@ def test_packed_bytes_are_checked_when_they_are_read_for_the_first_time(
         file.seek(entry.offset)
         file.write(byte)
     assert weights.read(name, 0, entry.nbytes, buffer, direct=False)[0] == byte[0]
+    monkeypatch.setattr("streamer.weights.packed.digest_of", pytest.fail)
+    weights.read(name, 0, entry.nbytes, buffer, direct=False)  # a core hashes more slowly than a disk reads
+
+
+@pytest.mark.parametrize("is_deleted", [False, True])
+def test_a_packed_file_that_is_gone_is_to_be_packed_again(
+    packed_architecture: tuple[Architecture, Checkpoint, PackedWeights], is_deleted: bool
+) -> None:
+    """Not to be downloaded, as a checkpoint's."""
+    _, _, weights = packed_architecture
+    name, entry = list(weights.checkpoint.tensors.items())[-1]
+    if is_deleted:
+        entry.shard.unlink()
+    else:
+        os.truncate(entry.shard, entry.offset + 10)
+    buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
+    advice = f"\n  Delete {entry.shard.parent}, and write it again: tq-stream pack MODEL.$"
+    with pytest.raises(CheckpointError, match=f"(?s){entry.shard.name}.*{advice}"):
+        weights.read(name, 0, entry.nbytes, buffer, direct=False)
 
 
 def test_units_with_bytes_that_are_not_packed_as_they_run_stay_as_they_are(
