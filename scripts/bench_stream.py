@@ -220,7 +220,7 @@ def read_evicted(folder: Path, codec: str) -> float:
     from streamer.weights.host import reader_threads
 
     with Checkpoint.open(folder) as checkpoint:
-        packed = open_packed(checkpoint, codec, on_note=print)
+        packed = open_packed(checkpoint, codec, None, on_note=print)
         files = packed.checkpoint if packed is not None else checkpoint
         folders = {folder, files.folder}
         evict(folders)

@@ -8,8 +8,9 @@ import torch
 from streamer.architecture import Architecture, Unit, UnitCode, aligned, reason_of
 from streamer.checkpoint import Checkpoint
 from streamer.errors import CheckpointError, DoesNotFitError, OptionError
+from streamer.ops.lossless import has_kernel
 from streamer.options import AUTO_CODEC, CODECS, LOSSLESS, RAW, cache_dir
-from streamer.packing import find_packed
+from streamer.packing import find_packed, was_packed
 from streamer.plan import Plan, Request, make_plan
 from streamer.weights import PackedWeights
 
@@ -17,11 +18,14 @@ from streamer.weights import PackedWeights
 _LIKELY_SHARE = 0.704
 
 
-def open_packed(checkpoint: Checkpoint, codec: str, *, on_note: Callable[[str], None]) -> PackedWeights | None:
+def open_packed(
+    checkpoint: Checkpoint, codec: str, device: torch.device | None, *, on_note: Callable[[str], None]
+) -> PackedWeights | None:
     """The packed weights of a checkpoint that a run may use; None without any.
 
     Args:
         checkpoint: opened; stays open as long as the weights. codec: one of CODECS. on_note: told what is chosen.
+        device: of the run; None = a GPU that is not here.
     Raises:
         OptionError: lossless was asked for, and the checkpoint has not been packed as it is now. CheckpointError and
             its children: lossless was asked for, and a packed file is damaged.
@@ -29,10 +33,11 @@ def open_packed(checkpoint: Checkpoint, codec: str, *, on_note: Callable[[str], 
     """
     if codec not in CODECS:
         raise OptionError(f"codec {codec!r} is not known: write {', '.join(CODECS[:-1])} or {CODECS[-1]}")
-    if codec == RAW:
+    if codec == RAW or (device is not None and device.type == "cpu"):
         return None
+    cache = cache_dir() / "packed"
     try:
-        folder = find_packed(checkpoint, cache_dir() / "packed")
+        folder = find_packed(checkpoint, cache)
     except CheckpointError as error:
         if codec == LOSSLESS:
             raise
@@ -43,7 +48,14 @@ def open_packed(checkpoint: Checkpoint, codec: str, *, on_note: Callable[[str], 
             f"--codec lossless needs packed weights, and {checkpoint.folder} has not been packed as it is now: run "
             f"tq-stream pack {checkpoint.folder} first"
         )
-    return PackedWeights(folder, checkpoint) if folder is not None else None
+    if folder is None:
+        if was_packed(checkpoint, cache):
+            on_note("packed weights are left aside: they are of other files, or gone; tq-stream pack makes them anew")
+        return None
+    if codec == AUTO_CODEC and device is not None and not has_kernel(device):
+        on_note("packed weights are left aside: no kernel decodes them on this GPU, and PyTorch would take long")
+        return None
+    return PackedWeights(folder, checkpoint)
 
 
 def make_plan_with_codec(

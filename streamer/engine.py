@@ -124,7 +124,7 @@ class StreamingEngine:
         self.folder = resolved.folder
         self._checkpoint = Checkpoint.open(self.folder)
         self._name, self._codec = str(model), codec
-        self._packed = open_packed(self._checkpoint, codec, on_note=self.stats.note)
+        self._packed = open_packed(self._checkpoint, codec, self._device, on_note=self.stats.note)
         self._architecture: Architecture | None = self._read_architecture()
         self._config = self._architecture.decoder_config
         self.stats.num_layers = self._architecture.num_layers
@@ -546,7 +546,7 @@ def plan_report(
     folder = resolve_model(str(model), offline=offline, on_line=on_note).folder
     with Checkpoint.open(folder) as checkpoint:
         architecture = read_architecture(folder, checkpoint, dtype=run_dtype)
-        packed = open_packed(checkpoint, codec, on_note=on_note)
+        packed = open_packed(checkpoint, codec, None, on_note=on_note)
     limit = model_context(architecture.decoder_config)
     request = Request(
         context=context or min(limit, DEFAULT_CONTEXT),

@@ -60,7 +60,8 @@ class Gate(nn.Module):
             if use.is_done:
                 raise UnsupportedModelError(
                     f"a layer calls its part {type(self._owned[0]).__name__} twice; its bytes are gone after the first "
-                    "time: this model cannot be streamed (run it with --device cpu, or whole on the GPU)"
+                    "time: this model cannot be streamed (run it with --device cpu, or whole on the GPU, with "
+                    "--codec raw)"
                 )
             self._weights.wait(self._unit)
             use.is_open = True
@@ -185,7 +186,8 @@ class StreamedLayer(nn.Module):
             if not gate.was_used:
                 raise UnsupportedModelError(
                     f"layer {self._index} did not call its part {type(gate._owned[0]).__name__}, so nothing waited for "
-                    "its bytes: this model cannot be streamed (run it with --device cpu, or whole on the GPU)"
+                    "its bytes: this model cannot be streamed (run it with --device cpu, or whole on the GPU, with "
+                    "--codec raw)"
                 )
             gate.use.reset()
         self._stats.on_layer(self._index, self._blocked_s())

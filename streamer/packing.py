@@ -204,6 +204,11 @@ def find_packed(checkpoint: Checkpoint, cache: Path) -> PackedFolder | None:
     return PackedFolder.open(cache / known[1])
 
 
+def was_packed(checkpoint: Checkpoint, cache: Path) -> bool:
+    """Whether `pack` has packed a checkpoint at this path before, be it as it is now or not."""
+    return _packed_before(_place(checkpoint.folder, cache)) is not None
+
+
 def unpack(packed: PackedFolder, target: Path, *, threads: int, on_progress: Progress | None = None) -> None:
     """The files that were packed, byte for byte; every record is checked before and after it is decoded.
 

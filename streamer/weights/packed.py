@@ -48,13 +48,16 @@ class PackedWeights:
         names: list[str] = []
         parts: list[CodedPart] = []
         stored_at = 0
+        if any(not p.is_stored_as_run or p.conversion is not None for p in unit.parameters):
+            return unit  # made of other bytes than those that are packed
         for parameter, offset in zip(unit.parameters, unit.offsets, strict=True):
-            for name, record, at in self._records_of(parameter):
+            records = self._records_of(parameter)
+            if sum(record.stop - record.start for _, record, _ in records) != parameter.nbytes:
+                return unit  # another cut than ours
+            for name, record, at in records:
                 names.append(name)
                 parts.append(CodedPart(stored_at, record.nbytes, offset + at, record.stop - record.start))
                 stored_at += aligned(record.nbytes)
-            if not parameter.is_stored_as_run or parameter.conversion is not None:
-                return unit  # made of other bytes than those that are packed
         return replace(unit, code=UnitCode(tuple(names), tuple(parts), stored_at)) if stored_at < unit.nbytes else unit
 
     def _records_of(self, parameter: Parameter) -> Sequence[tuple[str, Record, int]]:

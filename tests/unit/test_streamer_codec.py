@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from make_checkpoint import SHAPES, write_checkpoint
@@ -38,7 +39,7 @@ def folder(random_checkpoint: Callable[..., Path]) -> Path:
 def packed_model(folder: Path) -> Iterator[tuple[Architecture, PackedWeights]]:
     pack(folder, cache_dir() / "packed", threads=1)
     with Checkpoint.open(folder) as checkpoint:
-        packed = open_packed(checkpoint, "auto", on_note=pytest.fail)
+        packed = open_packed(checkpoint, "auto", None, on_note=pytest.fail)
         assert packed is not None
         yield read_architecture(folder, checkpoint), packed
         packed.close()
@@ -128,11 +129,11 @@ def test_the_cpu_reads_weights_as_they_are(packed_model: tuple[Architecture, Pac
 
 def test_lossless_without_packed_weights_says_what_to_type(folder: Path) -> None:
     with Checkpoint.open(folder) as checkpoint:
-        assert open_packed(checkpoint, "auto", on_note=pytest.fail) is None
+        assert open_packed(checkpoint, "auto", None, on_note=pytest.fail) is None
         with pytest.raises(OptionError, match=f"run tq-stream pack {folder} first"):
-            open_packed(checkpoint, "lossless", on_note=pytest.fail)
+            open_packed(checkpoint, "lossless", None, on_note=pytest.fail)
         with pytest.raises(OptionError, match="write auto, raw or lossless"):
-            open_packed(checkpoint, "zip", on_note=pytest.fail)
+            open_packed(checkpoint, "zip", None, on_note=pytest.fail)
 
 
 def test_packed_weights_of_other_files_are_not_used(
@@ -142,9 +143,13 @@ def test_packed_weights_of_other_files_are_not_used(
     shard = next(folder.glob("*.safetensors"))
     status = shard.stat()
     os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    lines: list[str] = []
     try:
         with Checkpoint.open(folder) as checkpoint:
-            assert open_packed(checkpoint, "auto", on_note=pytest.fail) is None
+            assert open_packed(checkpoint, "auto", None, on_note=lines.append) is None
+        assert lines == [
+            "packed weights are left aside: they are of other files, or gone; tq-stream pack makes them anew"
+        ]
     finally:
         os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
 
@@ -155,9 +160,28 @@ def test_packed_weights_stay_in_use_when_a_small_file_changes(
     """As when a chat template or the defaults of sampling are edited."""
     del packed_model
     small = folder / "generation_config.json"
-    small.write_text(small.read_text() + "\n")
+    before = small.read_text()
+    small.write_text(before + "\n")
+    try:
+        with Checkpoint.open(folder) as checkpoint:
+            assert open_packed(checkpoint, "lossless", None, on_note=pytest.fail) is not None
+    finally:
+        small.write_text(before)
+
+
+def test_a_device_that_does_not_decode_leaves_packed_weights_aside(
+    packed_model: tuple[Architecture, PackedWeights], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del packed_model
+    monkeypatch.setattr("streamer.codec.has_kernel", lambda device: False)
+    lines: list[str] = []
     with Checkpoint.open(folder) as checkpoint:
-        assert open_packed(checkpoint, "lossless", on_note=pytest.fail) is not None
+        assert open_packed(checkpoint, "auto", torch.device("cpu"), on_note=pytest.fail) is None
+        assert open_packed(checkpoint, "auto", torch.device("cuda"), on_note=lines.append) is None
+        assert open_packed(checkpoint, "lossless", torch.device("cuda"), on_note=pytest.fail) is not None
+        assert open_packed(checkpoint, "auto", None, on_note=pytest.fail) is not None
+    assert len(lines) == 1
+    assert "no kernel decodes them" in lines[0]
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "{"])
@@ -168,10 +192,10 @@ def test_a_damaged_note_of_what_was_packed_counts_as_none(
     (note,) = (cache_dir() / "packed").glob("*.json")
     note.write_text(content)
     with Checkpoint.open(folder) as checkpoint:
-        assert open_packed(checkpoint, "auto", on_note=pytest.fail) is None
+        assert open_packed(checkpoint, "auto", None, on_note=pytest.fail) is None
     pack(folder, cache_dir() / "packed", threads=1)
     with Checkpoint.open(folder) as checkpoint:
-        assert open_packed(checkpoint, "auto", on_note=pytest.fail) is not None
+        assert open_packed(checkpoint, "auto", None, on_note=pytest.fail) is not None
 
 
 def test_damaged_packed_weights_are_left_aside_or_refused(
@@ -182,11 +206,11 @@ def test_damaged_packed_weights_are_left_aside_or_refused(
     file.write_bytes(file.read_bytes()[:-1])
     with Checkpoint.open(folder) as checkpoint:
         lines: list[str] = []
-        assert open_packed(checkpoint, "auto", on_note=lines.append) is None
+        assert open_packed(checkpoint, "auto", None, on_note=lines.append) is None
         assert len(lines) == 1
         assert re.match(f"packed weights are left aside: .*{file.name}", lines[0])
         with pytest.raises(CheckpointError, match=file.name):
-            open_packed(checkpoint, "lossless", on_note=pytest.fail)
+            open_packed(checkpoint, "lossless", None, on_note=pytest.fail)
 
 
 def test_the_report_and_its_command_know_coded_sizes(

@@ -115,12 +115,17 @@ def decode(coded: CodedTensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
+def has_kernel(device: torch.device) -> bool:
+    """Whether a GPU has what the kernel needs: compute capability 8.0, and triton 3.6 beside it."""
+    return torch.version.hip is None and capability(device) >= LEAST_CAPABILITY and triton_serves()
+
+
 @cache
 def kernel_serves(device: torch.device) -> bool:
     """Whether the kernel decodes there; says once if a GPU is left to PyTorch."""
     if device.type != "cuda":
         return False
-    if torch.version.hip is None and capability(device) >= LEAST_CAPABILITY and triton_serves():
+    if has_kernel(device):
         return True
     logger.warning(
         "%s: coded weights are decoded by plain PyTorch, the kernel needs compute capability 8.0 and triton 3.6", device
