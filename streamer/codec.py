@@ -7,11 +7,11 @@ import torch
 
 from streamer.architecture import Architecture, Unit, UnitCode, aligned, reason_of
 from streamer.checkpoint import Checkpoint
-from streamer.errors import CheckpointError, DoesNotFitError, OptionError
+from streamer.errors import CheckpointError, OptionError
 from streamer.ops.lossless import has_kernel
 from streamer.options import AUTO_CODEC, CODECS, LOSSLESS, RAW, cache_dir
 from streamer.packing import find_packed, was_packed
-from streamer.plan import Plan, Request, make_plan
+from streamer.plan import Plan, Request, make_plan, plan_if_it_fits
 from streamer.weights import PackedWeights
 
 # Of the bytes of bfloat16 weights, coded: 70.4 % measured on a trained model, 69.9 to 70.1 % on random ones.
@@ -87,7 +87,7 @@ def make_plan_with_codec(
         return architecture, planned(architecture)
     coded = packed.coded(architecture)
     if codec == AUTO_CODEC:
-        as_it_is, plan = (_if_it_fits(planned, own) for own in (architecture, coded))
+        as_it_is, plan = (plan_if_it_fits(own, request, key_bias_bytes=key_bias_bytes) for own in (architecture, coded))
         if plan is None or (as_it_is is not None and as_it_is.streamed_bytes <= plan.streamed_bytes):
             return architecture, as_it_is or planned(architecture)
     else:
@@ -120,10 +120,3 @@ def _as_if_packed(unit: Unit) -> Unit:
         p.dtype == torch.bfloat16 and p.is_stored_as_run and p.conversion is None for p in unit.parameters
     )
     return replace(unit, code=UnitCode((), (), aligned(int(_LIKELY_SHARE * unit.nbytes)))) if is_packed_whole else unit
-
-
-def _if_it_fits(planned: Callable[[Architecture], Plan], architecture: Architecture) -> Plan | None:
-    try:
-        return planned(architecture)
-    except DoesNotFitError:
-        return None

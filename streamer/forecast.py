@@ -13,7 +13,7 @@ from typing import Literal
 from streamer.architecture import Architecture
 from streamer.errors import DoesNotFitError
 from streamer.options import GIB, format_size
-from streamer.plan import SPARE_VRAM_BYTES, Plan, Request, make_plan
+from streamer.plan import SPARE_VRAM_BYTES, Plan, Request, plan_if_it_fits
 from streamer.stats import RunStats
 
 # Memory of common cards.
@@ -238,7 +238,7 @@ class _Search:
 
     def gain(self, option: str, request: Request) -> tuple[float, str, str] | None:
         """Tokens per second, option and what it does; None if it does not fit or gains too little."""
-        plan = _planned(self.architecture, request, self.key_bias_bytes)
+        plan = plan_if_it_fits(self.architecture, request, key_bias_bytes=self.key_bias_bytes)
         rate = predict(plan, self.machine).tokens_per_s if plan is not None else None
         if plan is None or rate is None or rate * self.reached < self.least_tokens_per_s:
             return None
@@ -267,13 +267,6 @@ def _changes(
         yield f"--bits {bits}", replace(request, cache=replace(cache, bits=bits))
     if needed_tokens is not None and (rounded := -(-needed_tokens // 256) * 256) < request.context:
         yield f"--context {rounded}", replace(request, context=rounded)
-
-
-def _planned(architecture: Architecture, request: Request, key_bias_bytes: int) -> Plan | None:
-    try:
-        return make_plan(architecture, request, key_bias_bytes=key_bias_bytes)
-    except DoesNotFitError:
-        return None
 
 
 def _num_layers(plan: Plan) -> int:

@@ -268,6 +268,14 @@ def make_plan(architecture: Architecture, request: Request, *, key_bias_bytes: i
     return best
 
 
+def plan_if_it_fits(architecture: Architecture, request: Request, *, key_bias_bytes: int = 0) -> Plan | None:
+    """The plan of a run as `make_plan` gives it; None where it does not fit."""
+    try:
+        return make_plan(architecture, request, key_bias_bytes=key_bias_bytes)
+    except DoesNotFitError:
+        return None
+
+
 def _plan_that_ages(architecture: Architecture, request: Request, key_bias_bytes: int) -> Plan:
     """The plan with the mildest decay that fits: late ages first, then early ones, then the same with a bit less."""
     least = request.cache.window + BLOCK_TOKENS

@@ -28,7 +28,7 @@ from streamer.forecast import (
     predict,
 )
 from streamer.options import GIB
-from streamer.plan import CacheSettings, Plan, Request, make_plan
+from streamer.plan import CacheSettings, Plan, Request, make_plan, plan_if_it_fits
 from streamer.report import build_report
 from streamer.runtime import build_runtime
 from streamer.stats import RunStats
@@ -371,11 +371,11 @@ def test_a_lever_takes_a_handful_of_plans(qwen_7b: Architecture, monkeypatch: py
     """The closing line of a run must not wait for it: each plan is arithmetic over all units."""
     calls = []
 
-    def counted(*arguments: Any, **more: Any) -> Plan:
+    def counted(*arguments: Any, **more: Any) -> Plan | None:
         calls.append(arguments)
-        return make_plan(*arguments, **more)
+        return plan_if_it_fits(*arguments, **more)
 
-    monkeypatch.setattr(streamer.forecast, "make_plan", counted)
+    monkeypatch.setattr(streamer.forecast, "plan_if_it_fits", counted)
     lever_of(qwen_7b, request_of(**LONG | STAGED | SMALL), READER, needed_tokens=700, host_bytes=RAM)
     assert 4 <= len(calls) <= 12
     calls.clear()
