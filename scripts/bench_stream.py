@@ -215,12 +215,14 @@ def read_evicted(folder: Path, codec: str) -> float:
         seconds of the reading.
     """
     from streamer.checkpoint import Checkpoint
-    from streamer.codec import open_packed
+    from streamer.codec import LikelyWeights, open_packed
     from streamer.rates import read_rate
     from streamer.weights.host import reader_threads
 
     with Checkpoint.open(folder) as checkpoint:
         packed = open_packed(checkpoint, codec, None, on_note=print)
+        if isinstance(packed, LikelyWeights):
+            raise SystemExit(f"bench_stream: {folder} has not been packed: tq-stream pack {folder}")
         files = packed.checkpoint if packed is not None else checkpoint
         folders = {folder, files.folder}
         evict(folders)

@@ -92,7 +92,7 @@ class Parameter:
         shape, dtype: as the running model holds it.
         sources: checkpoint tensors that it is made of.
         conversion: how, or None when the one source is the value.
-        is_stored_as_run: the one source has this dtype already: its bytes can be used as they lie.
+        is_stored_as_run: the one source is the value, in this dtype: its bytes can be used as they lie.
         source_bytes: of the sources of a conversion, as they are stored; 0 without one.
     """
 

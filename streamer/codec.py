@@ -9,33 +9,48 @@ from streamer.architecture import Architecture, Unit, UnitCode, aligned, reason_
 from streamer.checkpoint import Checkpoint
 from streamer.errors import CheckpointError, OptionError
 from streamer.ops.lossless import has_kernel
-from streamer.options import AUTO_CODEC, CODECS, LOSSLESS, RAW, cache_dir
-from streamer.packing import find_packed, was_packed
+from streamer.options import AUTO_CODEC, CODECS, LOSSLESS, RAW, packed_dir
+from streamer.packing import find_packed, pack, was_packed
 from streamer.plan import Plan, Request, make_plan, plan_if_it_fits
+from streamer.rates import usable_cores
 from streamer.weights import PackedWeights
 
 # Of the bytes of bfloat16 weights, coded: 70.4 % measured on a trained model, 69.9 to 70.1 % on random ones.
 _LIKELY_SHARE = 0.704
 
 
+class LikelyWeights:
+    """In place of packed weights before there are any: sizes as packing is likely to make them.
+
+    For plans and reports; nothing can be read from it.
+    """
+
+    def coded(self, architecture: Architecture) -> Architecture:
+        """The same architecture with every unit coded that packing makes smaller."""
+        layers = tuple(tuple(_as_if_packed(unit) for unit in layer) for layer in architecture.layers)
+        return replace(architecture, layers=layers)
+
+
 def open_packed(
     checkpoint: Checkpoint, codec: str, device: torch.device | None, *, on_note: Callable[[str], None]
-) -> PackedWeights | None:
+) -> PackedWeights | LikelyWeights | None:
     """The packed weights of a checkpoint that a run may use; None without any.
 
     Args:
         checkpoint: opened; stays open as long as the weights. codec: one of CODECS. on_note: told what is chosen.
         device: of the run; None = a GPU that is not here.
+    Returns:
+        LikelyWeights where lossless was asked for and the checkpoint has not been packed as it is now.
     Raises:
-        OptionError: lossless was asked for, and the checkpoint has not been packed as it is now. CheckpointError and
-            its children: lossless was asked for, and a packed file is damaged.
+        OptionError: no such codec. CheckpointError and its children: lossless was asked for, and a packed file is
+            damaged.
     Source: own.
     """
     if codec not in CODECS:
         raise OptionError(f"codec {codec!r} is not known: write {', '.join(CODECS[:-1])} or {CODECS[-1]}")
     if codec == RAW or (device is not None and device.type == "cpu"):
         return None
-    cache = cache_dir() / "packed"
+    cache = packed_dir()
     try:
         folder = find_packed(checkpoint, cache)
     except CheckpointError as error:
@@ -44,10 +59,7 @@ def open_packed(
         on_note(f"packed weights are left aside: {reason_of(error)}")
         return None
     if folder is None and codec == LOSSLESS:
-        raise OptionError(
-            f"--codec lossless needs packed weights, and {checkpoint.folder} has not been packed as it is now: run "
-            f"tq-stream pack {checkpoint.folder} first"
-        )
+        return LikelyWeights()
     if folder is None:
         if was_packed(checkpoint, cache):
             on_note("packed weights are left aside: they are of other files, or gone; tq-stream pack makes them anew")
@@ -58,9 +70,38 @@ def open_packed(
     return PackedWeights(folder, checkpoint)
 
 
+def pack_for_run(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    *,
+    on_note: Callable[[str], None],
+    on_progress: Callable[[float], None] | None = None,
+) -> PackedWeights:
+    """Packs a checkpoint for a run that was asked for coded weights, as `tq-stream pack` would.
+
+    Args:
+        checkpoint: as for `open_packed`. device: that codes. on_note: told that it is done and where it goes.
+        on_progress: called with the share that is done, 0 to 1.
+    Raises:
+        as `streamer.packing.pack`.
+    """
+    cache = packed_dir()
+    on_note(f"{checkpoint.folder} has not been packed: it is, once, to {cache}")
+
+    def report(done: int, of: int) -> None:
+        if on_progress is not None:
+            on_progress(done / of)
+
+    folder = pack(checkpoint.folder, cache, threads=usable_cores(), device=device, on_progress=report)
+    on_note(folder.line())
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return PackedWeights(folder, checkpoint)
+
+
 def make_plan_with_codec(
     architecture: Architecture,
-    packed: PackedWeights | None,
+    packed: PackedWeights | LikelyWeights | None,
     codec: str,
     request: Request,
     *,
@@ -94,8 +135,10 @@ def make_plan_with_codec(
         plan = planned(coded)
     notes = list(plan.notes)
     if plan.is_coded:
-        share = f"{100 * plan.coded_share:.1f} %"
-        notes.append(f"weights of layers are kept and moved coded, without loss: {share} of their bytes")
+        share = f"{100 * plan.coded_share:.1f} % of their bytes"
+        if isinstance(packed, LikelyWeights):
+            share = f"likely {share}, which packing will show"
+        notes.append(f"weights of layers are kept and moved coded, without loss: {share}")
     else:
         notes.append("no weights get smaller coded: they are kept and moved as they are")
     return coded, replace(plan, notes=tuple(notes))
@@ -106,8 +149,8 @@ def as_if_packed(architecture: Architecture) -> Architecture | None:
 
     For forecasts: nothing can be read with it.
     """
-    layers = tuple(tuple(_as_if_packed(unit) for unit in layer) for layer in architecture.layers)
-    return replace(architecture, layers=layers) if layers != architecture.layers else None
+    packed = LikelyWeights().coded(architecture)
+    return packed if packed.layers != architecture.layers else None
 
 
 def _uncoded(architecture: Architecture) -> Architecture:
@@ -116,7 +159,5 @@ def _uncoded(architecture: Architecture) -> Architecture:
 
 
 def _as_if_packed(unit: Unit) -> Unit:
-    is_packed_whole = all(
-        p.dtype == torch.bfloat16 and p.is_stored_as_run and p.conversion is None for p in unit.parameters
-    )
+    is_packed_whole = all(p.dtype == torch.bfloat16 and p.is_stored_as_run for p in unit.parameters)
     return replace(unit, code=UnitCode((), (), aligned(int(_LIKELY_SHARE * unit.nbytes)))) if is_packed_whole else unit

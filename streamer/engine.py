@@ -5,6 +5,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from transformers import (
 
 from streamer.architecture import Architecture, bytes_of, read_architecture, reason_of
 from streamer.checkpoint import Checkpoint
-from streamer.codec import as_if_packed, make_plan_with_codec, open_packed
+from streamer.codec import LikelyWeights, as_if_packed, make_plan_with_codec, open_packed, pack_for_run
 from streamer.devices import find_device
 from streamer.errors import ContextLengthError, DoesNotFitError, OptionError, UnsupportedModelError
 from streamer.forecast import Lever, Machine, machine_of_run, next_lever
@@ -41,7 +42,7 @@ from streamer.resolve import resolve_model
 from streamer.runtime import Runtime, build_runtime, measured_context_bytes
 from streamer.stats import RunStats
 from streamer.text import TextPieces
-from streamer.weights import current_device
+from streamer.weights import PackedWeights, current_device
 from turboquant.ops.devices import kernels_serve
 from turboquant.policy import AUTO_DECAY, NO_DECAY
 
@@ -73,8 +74,9 @@ class StreamingEngine:
         prefill_chunk: tokens of a prompt that go through a layer at a time; default: chosen by the plan.
         resident: layers that stay on the device; default: as many as fit; 0 = stream every layer.
         direct_io: read weights around the page cache; default: where it could not hold what is read in every pass.
-        codec: "lossless" keeps and moves weights as `tq-stream pack` has coded them, and decodes them on the device
-            just before use; "raw" does not; "auto" does where they have been packed and some would stream otherwise.
+        codec: "lossless" keeps and moves weights as `tq-stream pack` codes them, and decodes them on the device just
+            before use; what has not been packed is when the model is assembled. "raw" does not; "auto" does where they
+            have been packed and some would stream otherwise.
         offline: never use the network.
         on_note: called with each automatic choice, one line; default: logged as a warning of logger "streamer".
     Raises:
@@ -377,6 +379,7 @@ class StreamingEngine:
             self.stats.note("a longer context than planned: the model is laid out anew")
             self._close_runtime()
         architecture = self._architecture or self._read_architecture()
+        packed = self._packed_now(architecture)
         biases = architecture.key_biases(self._checkpoint)
         held = bytes_of(biases, on_gpu=self._device.type == "cuda")
         architecture, plan = self._plan(architecture, context, batch, held)
@@ -397,9 +400,24 @@ class StreamingEngine:
                 self._device,
                 self.stats,
                 has_cap=has_cap,
-                packed=self._packed,
+                packed=packed,
             )
         return self._runtime
+
+    def _packed_now(self, architecture: Architecture) -> PackedWeights | None:
+        """The packed weights of the run: packed now, if they are wanted, not there yet, and something gets smaller."""
+        if not isinstance(self._packed, LikelyWeights):
+            return self._packed
+        if as_if_packed(architecture) is None:
+            return None
+        report = self.stats.on_progress
+        self._packed = pack_for_run(
+            self._checkpoint,
+            self._device,
+            on_note=self.stats.note,
+            on_progress=None if report is None else partial(report, "packing"),
+        )
+        return self._packed
 
     def _fitted(
         self, architecture: Architecture, request: Request, key_bias_bytes: int = 0

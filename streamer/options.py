@@ -122,6 +122,11 @@ def cache_dir() -> Path:
     return Path.home() / ".cache" / "tq-stream"
 
 
+def packed_dir() -> Path:
+    """The folder of the cache in which packed weights are kept."""
+    return cache_dir() / "packed"
+
+
 def offline_from_environment() -> bool:
     """Whether the environment forbids the network, by HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE.
 

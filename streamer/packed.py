@@ -126,7 +126,7 @@ class SliceCoder:
         except RuntimeError as error:
             raise DoesNotFitError(
                 f"coding on {self._device} needs {nbytes} more bytes of page-locked memory ({error}): "
-                "write --device cpu"
+                "tq-stream pack --device cpu codes without"
             ) from error
 
     def encode(self, weights: Tensor) -> CodedTensor:
@@ -143,7 +143,7 @@ class SliceCoder:
             except torch.OutOfMemoryError as error:
                 raise DoesNotFitError(
                     f"{self._device} has no memory for coding {weights.nbytes} bytes of weights, which takes seven "
-                    "times as much: free some, or write --device cpu"
+                    "times as much: free some, or code without: tq-stream pack --device cpu"
                 ) from error
             if coded.is_raw:
                 return CodedTensor(weights.view(torch.uint8), coded.shape)

@@ -26,7 +26,16 @@ import torch
 
 from streamer.checkpoint import Checkpoint, TensorEntry
 from streamer.devices import find_device
-from streamer.errors import CheckpointError, HeaderError, MissingShardError, OptionError, UnsupportedModelError
+from streamer.errors import (
+    CheckpointError,
+    DoesNotFitError,
+    HeaderError,
+    MissingShardError,
+    OptionError,
+    UnsupportedModelError,
+)
+from streamer.ops.lossless import least_coded_bytes
+from streamer.options import format_size
 from streamer.packed import (
     SUFFIX,
     PackedFile,
@@ -112,6 +121,11 @@ class PackedFolder:
         """Bytes of the packed files."""
         return sum(file.nbytes for file in self.files)
 
+    def line(self) -> str:
+        """Both sizes in a line for users."""
+        share = 100 * self.nbytes / self.source_bytes
+        return f"{format_size(self.source_bytes)} of safetensors are {format_size(self.nbytes)} packed ({share:.1f} %)"
+
 
 def coding_device(name: str | None, *, on_line: Callable[[str], None]) -> torch.device:
     """The device that codes weights: the current GPU if there is one, else the CPU; says which.
@@ -146,7 +160,7 @@ def pack(
         UnsupportedModelError: no weight is bfloat16: nothing would get smaller.
         OptionError: another process is packing this checkpoint. CheckpointError and its children: a file of the
             checkpoint is wrong, or a packed one that exists already is damaged. DoesNotFitError: the GPU has no memory
-            for coding. OSError: a full disk, say.
+            for coding, or the disk of the cache no room. OSError: it fills up meanwhile, say.
     Source: own.
     """
     with Checkpoint.open(folder) as checkpoint:
@@ -166,6 +180,7 @@ def pack(
             return PackedFolder.open(cache / known[1])
         part = place.with_suffix(_PART)
         part.mkdir(exist_ok=True)
+        _check_room(entries, part)
         coder = SliceCoder(device)
         done, total = 0, sum(shard.stat().st_size for shard in shards)
         for shard in shards:
@@ -250,6 +265,18 @@ def unpack(packed: PackedFolder, target: Path, *, threads: int, on_progress: Pro
 def _unpack_to(out: int, part: Path, stored: int, path: Path, record: Record) -> Record:
     write_bytes(out, part, unpack_record(stored, path, record), record.start)
     return record
+
+
+def _check_room(entries: Iterable[TensorEntry], part: Path) -> None:
+    """Packing takes minutes: a disk that is too small for it is said before."""
+    needed = sum(least_coded_bytes(e.nbytes // 2) if e.dtype == torch.bfloat16 else e.nbytes for e in entries)
+    written = sum(path.stat().st_size for path in part.iterdir())
+    free = shutil.disk_usage(part).free
+    if needed - written > free:
+        raise DoesNotFitError(
+            f"packing takes {format_size(needed - written)} or a little more in {part.parent}, and {format_size(free)} "
+            "are free there: free some, or name a folder of another disk in TQ_STREAM_CACHE"
+        )
 
 
 def _pack_file(

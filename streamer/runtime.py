@@ -235,8 +235,7 @@ def _assembled(
     resident = {p.name: read_parameter(p, checkpoint, architecture.model).to(device) for p in architecture.resident}
     settings = RunSettings(plan.prefill_chunk, architecture.uses_own_attention)
     embedding = architecture.embedding
-    is_mapped = embedding.is_stored_as_run and embedding.conversion is None
-    announce = partial(checkpoint.will_need_rows, embedding.sources[-1]) if is_mapped else None
+    announce = partial(checkpoint.will_need_rows, embedding.sources[-1]) if embedding.is_stored_as_run else None
     return assemble(architecture, plan.units, weights, resident, table, device, settings, stats, announce)
 
 

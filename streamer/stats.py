@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 # holds (1024); from then on a launch waits for the device, and the clock would show the device's time.
 TIMED_LAYERS = 8
 
+# What progress is reported of.
+READING_PROMPT = "reading the prompt"
+
 # One-token passes that a median is taken over: the latest ones. model.generate may run for ever.
 _TIMED_PASSES = 1024
 
@@ -26,7 +29,8 @@ class RunStats:
         decode_bytes: of them, those queued from the first new token to the last (see on_bytes).
         decode_blocked_s: seconds from the first new token to the last in which the computing thread waited for readers.
         passes: forward passes of the last generation.
-        notes: automatic choices made so far, each once.
+        notes: automatic choices made so far, each once. on_note: called with each of them.
+        on_progress: called with what is being done and the share of it that is, 0 to 1.
     """
 
     prompt_tokens: int = 0
@@ -39,7 +43,7 @@ class RunStats:
     passes: int = 0
     notes: list[str] = field(default_factory=list)
     on_note: Callable[[str], None] | None = None
-    on_progress: Callable[[float], None] | None = None
+    on_progress: Callable[[str, float], None] | None = None
     num_layers: int = 0
     _started: float = 0.0
     _first_token: float | None = None
@@ -99,12 +103,12 @@ class RunStats:
         if index == self.num_layers - 1:
             self.passes += 1
         if self._first_token is None and self.on_progress is not None and self.num_layers:
-            self.on_progress((index + 1) / self.num_layers)
+            self.on_progress(READING_PROMPT, (index + 1) / self.num_layers)
 
     def on_chunk(self, index: int, chunk: int, chunks: int) -> None:
         """A chunk of the prompt has been queued in a layer."""
         if self.on_progress is not None and self.num_layers:
-            self.on_progress((index + chunk / chunks) / self.num_layers)
+            self.on_progress(READING_PROMPT, (index + chunk / chunks) / self.num_layers)
 
     @property
     def layer_s(self) -> float | None:

@@ -122,16 +122,16 @@ def _timed(
 
     with HostPeak() as host_peak:
         screen.line("assembling the model")
+        engine.stats.on_progress = screen.advance
         start = time.perf_counter()
         model, plan = engine.model, engine.plan
         assembly_s = time.perf_counter() - start
         assert plan is not None  # noqa: S101  the model is assembled by a plan
         vocab_size = model.config.get_text_config(decoder=True).vocab_size
         ids = random_ids(vocab_size, prompt_tokens).to(engine.device)
-        engine.stats.on_progress = screen.prefill
         screen.line(f"first generation: a prompt of {prompt_tokens} tokens")
         cold = timed_generate(model, ids, 1)
-        screen.end_prefill()
+        screen.end_progress()
         engine.stats.on_progress = None
         weights = engine._runtime.weights if engine._runtime is not None else None
         if weights is not None and not weights.is_settled:

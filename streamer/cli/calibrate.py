@@ -70,7 +70,9 @@ def calibrate(
         StreamingEngine(model, bits=16, on_note=screen.line, **engine_arguments) as engine,
     ):
         pieces = text_windows(engine.encode(words, chat_template=False), windows, window_tokens)
+        engine.stats.on_progress = screen.advance
         assembled = engine.assemble(window_tokens, CALIBRATION_CACHES)
+        engine.stats.on_progress = None
         caches = TurboQuantCache(assembled.config, 2).layers
         coded = [i for i, layer in enumerate(caches) if isinstance(layer, CompressedLayer)]
         found = measure_sensitivities(

@@ -113,8 +113,10 @@ def evaluate(
         ids = engine.encode(words, chat_template=False)
         pieces = text_windows(ids, windows, window_tokens, bos=engine.tokenizer.bos_token_id)
         searched = [passkey_trials(ids, engine.tokenizer, length, trials) for length in lengths]
+        engine.stats.on_progress = screen.advance
         # room for the uncompressed cache and, as if they were no smaller, all others
         assembled = engine.assemble(longest, 1 + len(wanted))
+        engine.stats.on_progress = None
         dtype = str(assembled.dtype).removeprefix("torch.")
         found: list[Quality] = []
         if windows:

@@ -132,9 +132,9 @@ def _measured(engine: "StreamingEngine", context: int, screen: Screen) -> int:
     new_tokens = min(_MEASURED_NEW_TOKENS, context // 2)
     if new_tokens == 0:
         raise click.UsageError("--measure needs room for a prompt and an answer: give a --context of 2 or more")
+    engine.stats.on_progress = screen.advance
     vocab_size = engine.model.config.get_text_config(decoder=True).vocab_size
     ids = random.Random(0).choices(range(vocab_size), k=context - new_tokens)
-    engine.stats.on_progress = screen.prefill
     engine.generate_ids(ids, max_new_tokens=new_tokens, temperature=0)
     return peak_host_bytes()
 

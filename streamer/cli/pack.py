@@ -7,7 +7,7 @@ import click
 from streamer.cli.group import CONTEXT_SETTINGS
 from streamer.cli.screen import Screen
 from streamer.interrupts import ends_at_once
-from streamer.options import cache_dir, format_size
+from streamer.options import packed_dir
 
 
 @click.command(context_settings=CONTEXT_SETTINGS)
@@ -21,8 +21,8 @@ def pack(model: str, offline: bool, device: str | None) -> None:
     """Write MODEL's bf16 weights in about 70 % of their bytes, without loss.
 
     The packed files go to a folder of the cache (TQ_STREAM_CACHE), whose path is printed; its name stands for what is
-    in it. MODEL stays as it is, and other commands do not read packed files yet. The same command goes on where one
-    that was interrupted has stopped. MODEL is as in tq-stream run.
+    in it. MODEL stays as it is; runs on a GPU use what is packed wherever fewer bytes stream for it (--codec). The same
+    command goes on where one that was interrupted has stopped. MODEL is as in tq-stream run.
 
     \b
     Examples:
@@ -39,17 +39,14 @@ def pack(model: str, offline: bool, device: str | None) -> None:
         try:
             packed = pack_folder(
                 folder,
-                cache_dir() / "packed",
+                packed_dir(),
                 threads=usable_cores(),
                 device=coding_device(device, on_line=screen.line),
                 on_progress=lambda done, of: screen.advance("packing", done / of),
             )
         except KeyboardInterrupt as interrupt:
             raise type(interrupt)("Interrupted; the same command goes on from here.") from interrupt
-        screen.line(
-            f"{format_size(packed.source_bytes)} of safetensors are {format_size(packed.nbytes)} packed "
-            f"({100 * packed.nbytes / packed.source_bytes:.1f} %)"
-        )
+        screen.line(packed.line())
     click.echo(packed.folder)
 
 

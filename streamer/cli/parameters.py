@@ -169,8 +169,8 @@ _MACHINE_OPTIONS = (
         "--codec",
         type=click.Choice(CODECS),
         default=AUTO_CODEC,
-        help="lossless moves weights as tq-stream pack has coded them, in 70 % of the bytes, bit for bit the same; raw "
-        "as they are; auto is lossless where they have been packed and some must stream.",
+        help="lossless moves weights as tq-stream pack codes them, in 70 % of the bytes, bit for bit the same, and "
+        "packs what has not been; raw as they are; auto is lossless where they have been packed and some must stream.",
     ),
     click.option("--offline", is_flag=True, help="Never use the network; HF_HUB_OFFLINE=1 does the same."),
 )

@@ -83,7 +83,7 @@ def run(
         quiet_libraries(hide_progress=quiet),
         StreamingEngine(model, on_note=screen.line, **engine_arguments) as engine,
     ):
-        engine.stats.on_progress = screen.prefill
+        engine.stats.on_progress = screen.advance
         ids = engine.encode(text, chat_template=not no_chat_template)
         _answer(engine, ids, screen, as_json=as_json, max_new_tokens=max_new_tokens, **sampling)
 
@@ -143,7 +143,7 @@ def _answer(engine: "StreamingEngine", ids: list[int], screen: Screen, *, as_jso
     pieces: list[str] = []
 
     def show(piece: str) -> None:
-        screen.end_prefill()
+        screen.end_progress()
         pieces.append(piece)
         if not as_json:
             click.echo(piece, nl=False)  # echo flushes
@@ -154,7 +154,7 @@ def _answer(engine: "StreamingEngine", ids: list[int], screen: Screen, *, as_jso
     except KeyboardInterrupt as error:
         interrupt = error
     finally:
-        screen.end_prefill()
+        screen.end_progress()
         text = "".join(pieces)
         if not as_json and text and not text.endswith("\n"):
             click.echo()

@@ -48,7 +48,7 @@ class PackedWeights:
         names: list[str] = []
         parts: list[CodedPart] = []
         stored_at = 0
-        if any(not p.is_stored_as_run or p.conversion is not None for p in unit.parameters):
+        if not all(p.is_stored_as_run for p in unit.parameters):
             return unit  # made of other bytes than those that are packed
         for parameter, offset in zip(unit.parameters, unit.offsets, strict=True):
             records = self._records_of(parameter)

@@ -148,9 +148,7 @@ class PieceReader:
             own = None if place is None else place[part.at : part.at + part.nbytes]
             room = slot[taken : taken + part.room]
             taken += part.room
-            if isinstance(part, Part) and (
-                part.parameter.conversion is not None or not part.parameter.is_stored_as_run
-            ):
+            if isinstance(part, Part) and not part.parameter.is_stored_as_run:
                 target = room[: part.nbytes] if own is None else own
                 self._convert(piece.unit, part, target)
             elif own is not None and not self.direct:

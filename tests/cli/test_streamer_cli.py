@@ -36,7 +36,7 @@ from streamer.errors import OptionError
 from streamer.forecast import Lever
 from streamer.options import parse_size
 from streamer.report import MemoryReport
-from streamer.stats import RunStats
+from streamer.stats import READING_PROMPT, RunStats
 
 PROMPT = "The tide rises, the tide falls"  # 30 tokens: the tokenizer's are bytes
 SUMMARY = re.compile(
@@ -345,7 +345,7 @@ def test_environment_variable_sets_an_option_and_the_command_line_goes_before_it
 
 def test_progress_of_the_prompt_goes_layer_by_layer(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shares: list[float] = []
-    monkeypatch.setattr(Screen, "prefill", lambda self, share: shares.append(share))
+    monkeypatch.setattr(Screen, "advance", lambda self, what, share: shares.append(share))
     run_tiny(tiny, PROMPT, "--max-new-tokens", "1")
     assert {1 / 3, 2 / 3, 1.0} <= set(shares)
     assert shares == sorted(shares)
@@ -662,12 +662,12 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
         yield written
 
 
-def test_prefill_bar_shows_on_a_terminal_and_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bar_shows_on_a_terminal_and_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
     with terminal(monkeypatch) as written:
         with Screen(shows_progress=True) as screen:
-            screen.prefill(0.5)
-            screen.end_prefill()
-            screen.prefill(1.0)  # what comes late must not bring it back
+            screen.advance(READING_PROMPT, 0.5)
+            screen.end_progress()
+            screen.advance(READING_PROMPT, 1.0)  # what comes late must not bring it back
             screen.line("a note")
         text = written()
     assert "reading the prompt" in text
@@ -678,17 +678,27 @@ def test_prefill_bar_shows_on_a_terminal_and_goes_away(monkeypatch: pytest.Monke
     assert text.endswith("a note\r\n")
 
 
+def test_each_kind_of_work_has_a_bar_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(monkeypatch) as written:
+        with Screen(shows_progress=True) as screen:
+            screen.advance("packing", 1.0)
+            screen.advance(READING_PROMPT, 0.25)
+        text = written()
+    assert text.index("packing") < text.index("100 %") < text.index(READING_PROMPT) < text.index("25 %")
+    assert "packing" not in text[text.index(READING_PROMPT) :]
+
+
 def test_no_bar_when_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     with terminal(monkeypatch) as written:
         with Screen(shows_progress=False) as screen:
-            screen.prefill(0.5)
+            screen.advance(READING_PROMPT, 0.5)
             screen.line("[a] note")
         assert written() == "[a] note\r\n"
 
 
 def test_no_bar_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with Screen(shows_progress=True) as screen:
-        screen.prefill(0.5)
+        screen.advance(READING_PROMPT, 0.5)
         screen.line("a note " + "that is long " * 20)
     assert capsys.readouterr().err == "a note " + "that is long " * 20 + "\n"
 

@@ -10,7 +10,7 @@ import torch
 
 from streamer import StreamingEngine, packed
 from streamer.errors import CheckpointError
-from streamer.options import cache_dir
+from streamer.options import packed_dir
 from streamer.packing import pack
 from streamer.plan import PROCESS_BYTES, SMALLEST_SLOT_BYTES
 
@@ -25,7 +25,7 @@ def folder(random_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPat
     """Packed, matrices in one to five records; biases, and tails that fill no block."""
     monkeypatch.setattr(packed, "SLICE_BYTES", 128 << 10)
     made = random_checkpoint("qwen2", **SHAPE)
-    pack(made, cache_dir() / "packed", threads=2)
+    pack(made, packed_dir(), threads=2)
     return made
 
 
@@ -59,6 +59,25 @@ def test_logits_are_the_same_bit_for_bit(resident: int, bits: int, folder: Path)
     assert all(torch.equal(a, b) for a, b in zip(found["raw"], found["lossless"], strict=True))
 
 
+def test_a_run_packs_what_it_wants_coded(random_checkpoint: Callable[..., Path]) -> None:
+    folder = random_checkpoint("qwen2", **(SHAPE | {"hidden_size": 512, "intermediate_size": 2048}))
+    ids, shares = prompt(30), []
+    with StreamingEngine(folder, bits=16, device="cuda", resident=0, codec="raw") as engine:
+        wanted = logits(engine, ids)
+    lines: list[str] = []
+    for _ in range(2):
+        with StreamingEngine(
+            folder, device="cuda", bits=16, resident=0, codec="lossless", on_note=lines.append
+        ) as engine:
+            engine.memory_report()
+            engine.stats.on_progress = lambda what, share: shares.append((what, share))
+            assert torch.equal(logits(engine, ids), wanted)
+            assert engine.plan is not None
+            assert engine.plan.is_coded
+    assert ("packing", 1.0) in shares
+    assert sum("has not been packed" in line for line in lines) == 1
+
+
 @pytest.mark.parametrize("direct_io", [False, True])
 @pytest.mark.parametrize("share", [0.0, 0.4])
 def test_coded_weights_from_the_files_in_every_pass(share: float, direct_io: bool, folder: Path) -> None:
@@ -78,7 +97,7 @@ def test_coded_weights_from_the_files_in_every_pass(share: float, direct_io: boo
 def test_random_answers_over_many_passes_with_a_busy_link(random_checkpoint: Callable[..., Path]) -> None:
     """A unit decoded before its copy has ended, or over weights that are still read, would change some logit."""
     folder = random_checkpoint("qwen2", **(SHAPE | {"hidden_size": 512, "intermediate_size": 2048}))
-    pack(folder, cache_dir() / "packed", threads=2)
+    pack(folder, packed_dir(), threads=2)
     found = {}
     for codec in ("raw", "lossless"):
         with StreamingEngine(folder, bits=16, device="cuda", resident=0, codec=codec) as engine:
@@ -92,7 +111,7 @@ def test_an_error_in_mid_pass_leaves_the_engine_usable(folder: Path) -> None:
         wanted = logits(engine, prompt(20))
         calls = 0
 
-        def fail_once(fraction: float) -> None:
+        def fail_once(what: str, share: float) -> None:
             nonlocal calls
             calls += 1
             if calls == 3:
@@ -114,7 +133,7 @@ def test_peak_memory_stays_below_the_prediction(random_checkpoint: Callable[...,
         max_position_embeddings=4096,
         dtype="bfloat16",
     )
-    pack(folder, cache_dir() / "packed", threads=2)
+    pack(folder, packed_dir(), threads=2)
     torch.ones(2, 2, device="cuda") @ torch.ones(2, 2, device="cuda")  # cuBLAS keeps a workspace from here on
     for resident in (0, 3):
         torch.cuda.empty_cache()

@@ -95,7 +95,7 @@ def test_an_error_in_mid_pass_leaves_the_engine_usable(random_checkpoint: Callab
         wanted = answer(engine.model, ids)
         calls = 0
 
-        def fail_once(fraction: float) -> None:
+        def fail_once(what: str, share: float) -> None:
             nonlocal calls
             calls += 1
             if calls == 2:
@@ -251,7 +251,7 @@ def test_an_interrupt_or_error_anywhere_leaves_the_engine_usable(
     with StreamingEngine(folder, bits=16, device="cuda", resident=2, ram=ram) as engine:
         calls = raised = 0
 
-        def fail(fraction: float) -> None:
+        def fail(what: str, share: float) -> None:
             nonlocal calls
             calls += 1
             if calls == at:

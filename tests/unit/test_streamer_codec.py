@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +17,10 @@ from streamer import StreamingEngine
 from streamer.architecture import Architecture, decoded_bytes, read_architecture
 from streamer.checkpoint import Checkpoint
 from streamer.cli import main
-from streamer.codec import as_if_packed, make_plan_with_codec, open_packed
+from streamer.codec import LikelyWeights, make_plan_with_codec, open_packed, pack_for_run
 from streamer.engine import plan_report
 from streamer.errors import CheckpointError, DoesNotFitError, OptionError
-from streamer.options import GIB, MIB, cache_dir
+from streamer.options import GIB, MIB, packed_dir
 from streamer.packing import pack
 from streamer.plan import PROCESS_BYTES, Plan, Request, make_plan
 from streamer.report import MemoryReport
@@ -37,10 +38,10 @@ def folder(random_checkpoint: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def packed_model(folder: Path) -> Iterator[tuple[Architecture, PackedWeights]]:
-    pack(folder, cache_dir() / "packed", threads=1)
+    pack(folder, packed_dir(), threads=1)
     with Checkpoint.open(folder) as checkpoint:
         packed = open_packed(checkpoint, "auto", None, on_note=pytest.fail)
-        assert packed is not None
+        assert isinstance(packed, PackedWeights)
         yield read_architecture(folder, checkpoint), packed
         packed.close()
 
@@ -127,13 +128,43 @@ def test_the_cpu_reads_weights_as_they_are(packed_model: tuple[Architecture, Pac
     StreamingEngine(folder, device="cpu", codec="auto").close()
 
 
-def test_lossless_without_packed_weights_says_what_to_type(folder: Path) -> None:
+def test_a_codec_must_be_known(folder: Path) -> None:
+    with Checkpoint.open(folder) as checkpoint, pytest.raises(OptionError, match="write auto, raw or lossless"):
+        open_packed(checkpoint, "zip", None, on_note=pytest.fail)
+
+
+def test_what_is_not_packed_is_when_a_run_wants_it_coded(folder: Path) -> None:
+    """And the run reads what `pack` would have written."""
+    lines: list[str] = []
+    shares: list[float] = []
     with Checkpoint.open(folder) as checkpoint:
         assert open_packed(checkpoint, "auto", None, on_note=pytest.fail) is None
-        with pytest.raises(OptionError, match=f"run tq-stream pack {folder} first"):
-            open_packed(checkpoint, "lossless", None, on_note=pytest.fail)
-        with pytest.raises(OptionError, match="write auto, raw or lossless"):
-            open_packed(checkpoint, "zip", None, on_note=pytest.fail)
+        likely = open_packed(checkpoint, "lossless", None, on_note=pytest.fail)
+        assert isinstance(likely, LikelyWeights)
+        made = pack_for_run(checkpoint, torch.device("cpu"), on_note=lines.append, on_progress=shares.append)
+        packed = open_packed(checkpoint, "lossless", None, on_note=pytest.fail)
+        assert isinstance(packed, PackedWeights)
+        assert made.checkpoint.folder == packed.checkpoint.folder
+        architecture = read_architecture(folder, checkpoint)
+        assert made.coded(architecture) == packed.coded(architecture) != architecture
+        made.close()
+        packed.close()
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    assert lines[0] == f"{folder} has not been packed: it is, once, to {packed_dir()}"
+    assert re.fullmatch(r".* of safetensors are .* packed \(7\d\.\d %\)", lines[1])
+
+
+def test_a_report_of_coded_weights_packs_nothing(folder: Path) -> None:
+    lines: list[str] = []
+    options: dict[str, Any] = {"vram": 8 * GIB, "context": 128, "resident": 0, "link_bytes_per_s": 10e9}
+    report = plan_report(folder, codec="lossless", on_note=lines.append, **options)
+    assert not packed_dir().exists()
+    assert lines[-1].endswith("without loss: likely 70.4 % of their bytes, which packing will show")
+    pack(folder, packed_dir(), threads=1)
+    known = plan_report(folder, codec="lossless", **options)
+    assert report.codec == known.codec == "lossless"
+    assert report.streamed_bytes == pytest.approx(known.streamed_bytes, rel=0.01)
 
 
 def test_packed_weights_of_other_files_are_not_used(
@@ -189,11 +220,11 @@ def test_a_damaged_note_of_what_was_packed_counts_as_none(
     packed_model: tuple[Architecture, PackedWeights], folder: Path, content: str
 ) -> None:
     del packed_model
-    (note,) = (cache_dir() / "packed").glob("*.json")
+    (note,) = packed_dir().glob("*.json")
     note.write_text(content)
     with Checkpoint.open(folder) as checkpoint:
         assert open_packed(checkpoint, "auto", None, on_note=pytest.fail) is None
-    pack(folder, cache_dir() / "packed", threads=1)
+    pack(folder, packed_dir(), threads=1)
     with Checkpoint.open(folder) as checkpoint:
         assert open_packed(checkpoint, "auto", None, on_note=pytest.fail) is not None
 
@@ -232,12 +263,6 @@ def test_the_report_and_its_command_know_coded_sizes(
     assert decoded_bytes(packed.coded(architecture).layers[0]) == architecture.layer_bytes // LAYERS
 
 
-class _LikelyWeights:
-    """In place of packed weights: sizes of a model that need not be on the disk, of which only plans are made."""
-
-    coded = staticmethod(as_if_packed)
-
-
 @pytest.mark.parametrize("own", [6, 10, 24])
 def test_rows_of_other_budgets_are_what_a_run_with_these_would_do(
     own: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -245,7 +270,7 @@ def test_rows_of_other_budgets_are_what_a_run_with_these_would_do(
     """As it is the model fits 24 GiB, and coded it streams less than as it is in 6 and 10."""
     folder = tmp_path / "qwen2.5-7b"
     write_checkpoint(SHAPES["qwen2.5-7b"], folder, headers_only=True)
-    monkeypatch.setattr("streamer.engine.open_packed", lambda *_, **__: _LikelyWeights())
+    monkeypatch.setattr("streamer.engine.open_packed", lambda *_, **__: LikelyWeights())
 
     def report(size: int) -> MemoryReport:
         return plan_report(folder, vram=size * GIB, ram="64GiB", context=4096, bits=16, link_bytes_per_s=50e9)

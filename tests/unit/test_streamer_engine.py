@@ -153,7 +153,7 @@ def test_an_error_in_the_models_own_generate_leaves_it_usable(folder: Path) -> N
         options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 127}
         wanted = engine.model.generate(ids, **options)
 
-        def fail(fraction: float) -> None:
+        def fail(what: str, share: float) -> None:
             raise RuntimeError("planted")
 
         engine.stats.on_progress = fail
@@ -197,7 +197,7 @@ def test_an_empty_prompt_is_refused(engine: StreamingEngine) -> None:
 def test_after_an_error_in_a_layer_the_engine_answers_again(engine: StreamingEngine) -> None:
     wanted = engine.generate("abc", max_new_tokens=5, temperature=0)
 
-    def fail(fraction: float) -> None:
+    def fail(what: str, share: float) -> None:
         raise RuntimeError("planted")
 
     engine.stats.on_progress = fail

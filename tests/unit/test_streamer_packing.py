@@ -592,11 +592,36 @@ def test_a_gpu_without_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(packed, "encode", full)
-    with pytest.raises(DoesNotFitError, match="meta has no memory for coding 16 bytes .* write --device cpu"):
+    with pytest.raises(DoesNotFitError, match="meta has no memory for coding 16 bytes .* tq-stream pack --device cpu"):
         SliceCoder(torch.device("meta")).encode(torch.ones(8).bfloat16())
     monkeypatch.setattr(torch, "empty", full)
-    with pytest.raises(DoesNotFitError, match=r"cuda needs 9 more bytes of page-locked memory \(out of memory\): w"):
+    with pytest.raises(
+        DoesNotFitError, match=r"cuda needs 9 more bytes of page-locked memory \(out of memory\): tq-stream pack"
+    ):
         SliceCoder(torch.device("cuda")).room(9)
+
+
+def test_a_disk_without_room_is_said_before_anything_is_coded(
+    model: Path, tmp_path: Path, coded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an earlier run has written already needs no more room."""
+    cache = tmp_path / "cache"
+    whole = pack(model, tmp_path / "elsewhere", threads=1)
+    coded.clear()
+
+    def leave(free: int) -> None:
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+
+    leave(1000)
+    with pytest.raises(DoesNotFitError, match=r"packing takes .* 1000 B are free there: .* TQ_STREAM_CACHE"):
+        pack(model, cache, threads=1)
+    assert not coded
+    (part,) = cache.glob("*.part")
+    for file in whole.files:
+        shutil.copy(file.path, part)
+    assert pack(model, cache, threads=1).folder.name == whole.folder.name
+    assert not coded
 
 
 def test_few_slices_are_in_memory_at_a_time() -> None:
