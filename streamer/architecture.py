@@ -115,7 +115,8 @@ class UnitCode:
     """A unit's bytes as packed files have them.
 
     Attributes:
-        records: name of each part among the packed records. parts: where it lies in the unit, coded and decoded.
+        records: name of each part among the packed records. parts: where it lies in the unit, coded and decoded. Both
+            are empty in forecasts for weights that have not been packed.
         nbytes: of the unit coded, alignment included.
     """
 

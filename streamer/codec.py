@@ -10,8 +10,8 @@ from streamer.checkpoint import Checkpoint
 from streamer.errors import CheckpointError, OptionError
 from streamer.ops.lossless import has_kernel
 from streamer.options import AUTO_CODEC, CODECS, LOSSLESS, RAW, packed_dir
-from streamer.packing import find_packed, pack, was_packed
-from streamer.plan import Plan, Request, make_plan, plan_if_it_fits
+from streamer.packing import THREAD_BYTES, find_packed, pack, was_packed
+from streamer.plan import PROCESS_BYTES, Plan, Request, make_plan, plan_if_it_fits
 from streamer.rates import usable_cores
 from streamer.weights import PackedWeights
 
@@ -74,29 +74,47 @@ def pack_for_run(
     checkpoint: Checkpoint,
     device: torch.device,
     *,
+    ram_bytes: int,
     on_note: Callable[[str], None],
     on_progress: Callable[[float], None] | None = None,
 ) -> PackedWeights:
     """Packs a checkpoint for a run that was asked for coded weights, as `tq-stream pack` would.
 
     Args:
-        checkpoint: as for `open_packed`. device: that codes. on_note: told that it is done and where it goes.
-        on_progress: called with the share that is done, 0 to 1.
+        checkpoint: as for `open_packed`. device: that codes. ram_bytes: budget of the process's host memory.
+        on_note: told that it is done and where it goes. on_progress: called with the share that is done, 0 to 1.
     Raises:
-        as `streamer.packing.pack`.
+        as `streamer.packing.pack`; KeyboardInterrupt with a message: the next run goes on where it was.
     """
     cache = packed_dir()
-    on_note(f"{checkpoint.folder} has not been packed: it is, once, to {cache}")
+    on_note(f"{checkpoint.folder} has not been packed as it is now: it is, once, to {cache}")
 
     def report(done: int, of: int) -> None:
         if on_progress is not None:
             on_progress(done / of)
 
-    folder = pack(checkpoint.folder, cache, threads=usable_cores(), device=device, on_progress=report)
+    threads = max(1, min(usable_cores(), (ram_bytes - PROCESS_BYTES) // THREAD_BYTES - 2))
+    try:
+        folder = pack(checkpoint.folder, cache, threads=threads, device=device, on_progress=report)
+    except KeyboardInterrupt as interrupt:
+        raise type(interrupt)("Interrupted while packing; the same command goes on from here.") from interrupt
+    finally:
+        if device.type == "cuda":
+            _give_back()
     on_note(folder.line())
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
     return PackedWeights(folder, checkpoint)
+
+
+def _give_back() -> None:
+    """What torch keeps of the memory of a GPU, and of page-locked memory, which plans do not count."""
+    torch.cuda.empty_cache()
+    # of its own name from torch 2.12 on
+    named = (
+        getattr(torch.accelerator.memory, "empty_host_cache", None) if hasattr(torch.accelerator, "memory") else None
+    )
+    empty_host_cache = named or getattr(torch._C, "_host_emptyCache", None)
+    if empty_host_cache is not None:
+        empty_host_cache()
 
 
 def make_plan_with_codec(
@@ -136,7 +154,7 @@ def make_plan_with_codec(
     notes = list(plan.notes)
     if plan.is_coded:
         share = f"{100 * plan.coded_share:.1f} % of their bytes"
-        if isinstance(packed, LikelyWeights):
+        if plan.is_share_likely:
             share = f"likely {share}, which packing will show"
         notes.append(f"weights of layers are kept and moved coded, without loss: {share}")
     else:

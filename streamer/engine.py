@@ -75,8 +75,8 @@ class StreamingEngine:
         resident: layers that stay on the device; default: as many as fit; 0 = stream every layer.
         direct_io: read weights around the page cache; default: where it could not hold what is read in every pass.
         codec: "lossless" keeps and moves weights as `tq-stream pack` codes them, and decodes them on the device just
-            before use; what has not been packed is when the model is assembled. "raw" does not; "auto" does where they
-            have been packed and some would stream otherwise.
+            before use; a checkpoint that has not been packed is, before the model is assembled. "raw" does not; "auto"
+            does where it has been packed and some would stream otherwise.
         offline: never use the network.
         on_note: called with each automatic choice, one line; default: logged as a warning of logger "streamer".
     Raises:
@@ -379,10 +379,16 @@ class StreamingEngine:
             self.stats.note("a longer context than planned: the model is laid out anew")
             self._close_runtime()
         architecture = self._architecture or self._read_architecture()
-        packed = self._packed_now(architecture)
         biases = architecture.key_biases(self._checkpoint)
         held = bytes_of(biases, on_gpu=self._device.type == "cuda")
-        architecture, plan = self._plan(architecture, context, batch, held)
+        own, plan = self._plan(architecture, context, batch, held)
+        packed = self._packed
+        if isinstance(packed, LikelyWeights):
+            packed = None
+            if plan.is_coded:  # what cannot fit has been refused by now
+                packed = self._packed = self._pack()
+                own, plan = self._plan(architecture, context, batch, held)
+        architecture = own
         for line in plan.notes:
             self.stats.note(line)
         if is_compressed(architecture, plan.request.cache) and kernels_serve(self._device):
@@ -404,20 +410,20 @@ class StreamingEngine:
             )
         return self._runtime
 
-    def _packed_now(self, architecture: Architecture) -> PackedWeights | None:
-        """The packed weights of the run: packed now, if they are wanted, not there yet, and something gets smaller."""
-        if not isinstance(self._packed, LikelyWeights):
-            return self._packed
-        if as_if_packed(architecture) is None:
-            return None
+    def pack(self) -> None:
+        """Packs the checkpoint now if the first assembly would (see `codec`): for callers that time assemblies."""
+        if isinstance(self._packed, LikelyWeights) and as_if_packed(self._architecture or self._read_architecture()):
+            self._packed = self._pack()
+
+    def _pack(self) -> PackedWeights:
         report = self.stats.on_progress
-        self._packed = pack_for_run(
+        return pack_for_run(
             self._checkpoint,
             self._device,
+            ram_bytes=self._request(1, 1).ram_bytes,
             on_note=self.stats.note,
             on_progress=None if report is None else partial(report, "packing"),
         )
-        return self._packed
 
     def _fitted(
         self, architecture: Architecture, request: Request, key_bias_bytes: int = 0

@@ -9,6 +9,7 @@ A place is a digest of the path. A run that was killed is taken up where the lis
 the next ones are coded.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -56,6 +57,9 @@ from streamer.packed import (
 
 MANIFEST = "packed.json"
 
+# Host memory for each thread that packs, and two more (see `pack`).
+THREAD_BYTES = 80 << 20
+
 _CPU = torch.device("cpu")
 
 _PART = ".part"
@@ -63,6 +67,8 @@ _LIST = ".records"
 
 # Beside the weights a checkpoint folder has these; weights of other kinds are left where they are.
 _SMALL_FILES = ("*.json", "tokenizer*", "*.jinja", "*.model", "*.txt")
+
+_ELSEWHERE = "TQ_STREAM_CACHE, for this run and those that are to find it"
 
 _Result = TypeVar("_Result")
 Progress = Callable[[int, int], None]
@@ -160,7 +166,7 @@ def pack(
         UnsupportedModelError: no weight is bfloat16: nothing would get smaller.
         OptionError: another process is packing this checkpoint. CheckpointError and its children: a file of the
             checkpoint is wrong, or a packed one that exists already is damaged. DoesNotFitError: the GPU has no memory
-            for coding, or the disk of the cache no room. OSError: it fills up meanwhile, say.
+            for coding, or the disk of the cache no room. OSError: the system cannot write there.
     Source: own.
     """
     with Checkpoint.open(folder) as checkpoint:
@@ -179,15 +185,23 @@ def pack(
         if known is not None and known[0] == sources and (cache / known[1]).is_dir():
             return PackedFolder.open(cache / known[1])
         part = place.with_suffix(_PART)
-        part.mkdir(exist_ok=True)
         _check_room(entries, part)
+        part.mkdir(exist_ok=True)
         coder = SliceCoder(device)
         done, total = 0, sum(shard.stat().st_size for shard in shards)
         for shard in shards:
             report = partial(_report, on_progress, done, total)
             own = [entry for entry in entries if entry.shard == shard]
             source = Source.of(shard)
-            _pack_file(shard, source, slices_of(source.nbytes, own), part, threads, coder, report)
+            try:
+                _pack_file(shard, source, slices_of(source.nbytes, own), part, threads, coder, report)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                raise DoesNotFitError(
+                    f"the disk of {cache} is full; what has been packed stays, and the same command goes on from "
+                    f"there: free some, or name a folder of another disk in {_ELSEWHERE}"
+                ) from error
             done += source.nbytes
         key = _finish(part, shards, small)
         # before the folder has its name: a run that is killed in between finds all files finished
@@ -270,12 +284,12 @@ def _unpack_to(out: int, part: Path, stored: int, path: Path, record: Record) ->
 def _check_room(entries: Iterable[TensorEntry], part: Path) -> None:
     """Packing takes minutes: a disk that is too small for it is said before."""
     needed = sum(least_coded_bytes(e.nbytes // 2) if e.dtype == torch.bfloat16 else e.nbytes for e in entries)
-    written = sum(path.stat().st_size for path in part.iterdir())
-    free = shutil.disk_usage(part).free
+    written = sum(path.stat().st_size for path in part.iterdir()) if part.is_dir() else 0
+    free = shutil.disk_usage(part.parent).free
     if needed - written > free:
         raise DoesNotFitError(
             f"packing takes {format_size(needed - written)} or a little more in {part.parent}, and {format_size(free)} "
-            "are free there: free some, or name a folder of another disk in TQ_STREAM_CACHE"
+            f"are free there: free some, or name a folder of another disk in {_ELSEWHERE}"
         )
 
 

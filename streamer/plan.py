@@ -180,6 +180,11 @@ class Plan:
         layers = [unit for unit in self.units if unit.rows is None]
         return sum(unit.stored_bytes for unit in layers) / sum(unit.nbytes for unit in layers)
 
+    @property
+    def is_share_likely(self) -> bool:
+        """Whether that is an estimate: the weights have not been packed."""
+        return any(unit.code is not None and not unit.code.parts for unit in self.units)
+
 
 def cache_bytes(architecture: Architecture, request: Request) -> int:
     """Bytes of the cache's tensors with room for request.context tokens of request.batch rows, key biases apart."""

@@ -41,6 +41,7 @@ class MemoryReport:
         layers_resident, num_layers, streamed_bytes: what stays on the device and what crosses the link per pass.
         staged_bytes: of these, read from the files again in every pass.
         codec: "lossless" where weights of layers are kept and moved coded, else "raw". coded_share: of their bytes.
+        is_coded_share_likely: that is an estimate, because they have not been packed.
         link_bytes_per_s: rate of the link that the rest is for; None without one, and on the CPU.
         reader_bytes_per_s: at which files were read in every pass, where a generation waited for them.
         forecast: least time of a decode pass; its fields are None where the link is not known.
@@ -63,6 +64,7 @@ class MemoryReport:
     staged_bytes: int
     codec: str
     coded_share: float
+    is_coded_share_likely: bool
     link_bytes_per_s: float | None
     reader_bytes_per_s: float | None
     forecast: Forecast
@@ -119,6 +121,8 @@ class MemoryReport:
             )
             if self.codec != RAW:
                 share = f"{100 * self.coded_share:.1f} % of their bytes"
+                if self.is_coded_share_likely:
+                    share = f"likely {share}, which packing will show"
                 lines.append(f"weights of layers are kept and moved coded, without loss: {share}")
             lines.append(f"prompts go through a layer in chunks of {self.prefill_chunk} tokens")
             lines += self._speed()
@@ -238,6 +242,7 @@ def build_report(
         staged_bytes=plan.staged_bytes,
         codec=LOSSLESS if plan.is_coded else RAW,
         coded_share=plan.coded_share,
+        is_coded_share_likely=plan.is_share_likely,
         link_bytes_per_s=link,
         reader_bytes_per_s=machine.reader_bytes_per_s,
         forecast=predict(plan, machine),

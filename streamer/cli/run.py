@@ -158,6 +158,8 @@ def _answer(engine: "StreamingEngine", ids: list[int], screen: Screen, *, as_jso
         text = "".join(pieces)
         if not as_json and text and not text.endswith("\n"):
             click.echo()
+    if interrupt is not None and not engine.stats.prompt_tokens:
+        raise interrupt  # before there was anything to sum up
     summary = summarize(engine)
     if as_json:
         run_facts = {"model": str(engine.folder), "text": text, "interrupted": interrupt is not None}

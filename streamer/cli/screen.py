@@ -25,11 +25,13 @@ class Screen:
         self._console.print(text, soft_wrap=True)
 
     def advance(self, what: str, share: float) -> None:
-        """Moves the bar of what is being done; share is 0 to 1. Something else begins a bar of its own."""
+        """Moves the bar of what is being done; share is 0 to 1, and 1 takes it away. Other work has its own bar."""
         if not self._shows_progress:
             return
-        if self._progress is not None and what != self._what:
+        if share >= 1 or (self._progress is not None and what != self._what):
             self._take_away()
+        if share >= 1:
+            return
         if self._progress is None:
             columns = (TextColumn(what), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
             # transient: the answer starts on the line where the bar was

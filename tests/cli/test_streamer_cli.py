@@ -681,10 +681,16 @@ def test_the_bar_shows_on_a_terminal_and_goes_away(monkeypatch: pytest.MonkeyPat
 def test_each_kind_of_work_has_a_bar_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     with terminal(monkeypatch) as written:
         with Screen(shows_progress=True) as screen:
+            screen.advance("packing", 0.75)
             screen.advance("packing", 1.0)
+            screen.line("packed")
+            screen.advance("unpacking", 0.5)
             screen.advance(READING_PROMPT, 0.25)
         text = written()
-    assert text.index("packing") < text.index("100 %") < text.index(READING_PROMPT) < text.index("25 %")
+    assert (
+        text.index("75 %") < text.index("packed") < text.index("50 %") < text.index(READING_PROMPT) < text.index("25 %")
+    )
+    assert "packing" not in text[text.index("packed") : text.index("unpacking")]
     assert "packing" not in text[text.index(READING_PROMPT) :]
 
 

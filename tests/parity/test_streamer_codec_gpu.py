@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from streamer import StreamingEngine, packed
+from streamer.checkpoint import Checkpoint
+from streamer.codec import pack_for_run
 from streamer.errors import CheckpointError
 from streamer.options import packed_dir
 from streamer.packing import pack
@@ -76,6 +78,22 @@ def test_a_run_packs_what_it_wants_coded(random_checkpoint: Callable[..., Path])
             assert engine.plan.is_coded
     assert ("packing", 1.0) in shares
     assert sum("has not been packed" in line for line in lines) == 1
+
+
+def test_packing_for_a_run_gives_its_memory_back(random_checkpoint: Callable[..., Path]) -> None:
+    """Page-locked memory, too, which torch would keep: the run's plan does not count it."""
+
+    def held() -> tuple[int, int]:
+        host = torch.cuda.host_memory_stats()
+        most = max(int(value) for name, value in host.items() if name.endswith("bytes.current"))
+        return most, torch.cuda.memory_reserved()
+
+    folder = random_checkpoint("qwen2", **(SHAPE | {"hidden_size": 512, "intermediate_size": 2048}))
+    torch.zeros(1 << 20, dtype=torch.uint8).pin_memory().cuda()
+    before = held()
+    with Checkpoint.open(folder) as checkpoint:
+        pack_for_run(checkpoint, torch.device("cuda"), ram_bytes=64 << 30, on_note=str).close()
+    assert all(after <= earlier for after, earlier in zip(held(), before, strict=True))
 
 
 @pytest.mark.parametrize("direct_io", [False, True])

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from streamer.codec import LikelyWeights, make_plan_with_codec, open_packed, pac
 from streamer.engine import plan_report
 from streamer.errors import CheckpointError, DoesNotFitError, OptionError
 from streamer.options import GIB, MIB, packed_dir
-from streamer.packing import pack
+from streamer.packing import THREAD_BYTES, PackedFolder, pack
 from streamer.plan import PROCESS_BYTES, Plan, Request, make_plan
 from streamer.report import MemoryReport
 from streamer.weights import PackedWeights
@@ -141,7 +142,9 @@ def test_what_is_not_packed_is_when_a_run_wants_it_coded(folder: Path) -> None:
         assert open_packed(checkpoint, "auto", None, on_note=pytest.fail) is None
         likely = open_packed(checkpoint, "lossless", None, on_note=pytest.fail)
         assert isinstance(likely, LikelyWeights)
-        made = pack_for_run(checkpoint, torch.device("cpu"), on_note=lines.append, on_progress=shares.append)
+        made = pack_for_run(
+            checkpoint, torch.device("cpu"), ram_bytes=GIB, on_note=lines.append, on_progress=shares.append
+        )
         packed = open_packed(checkpoint, "lossless", None, on_note=pytest.fail)
         assert isinstance(packed, PackedWeights)
         assert made.checkpoint.folder == packed.checkpoint.folder
@@ -151,8 +154,87 @@ def test_what_is_not_packed_is_when_a_run_wants_it_coded(folder: Path) -> None:
         packed.close()
     assert shares == sorted(shares)
     assert shares[-1] == 1
-    assert lines[0] == f"{folder} has not been packed: it is, once, to {packed_dir()}"
+    assert lines[0] == f"{folder} has not been packed as it is now: it is, once, to {packed_dir()}"
     assert re.fullmatch(r".* of safetensors are .* packed \(7\d\.\d %\)", lines[1])
+
+
+@pytest.fixture
+def engine(folder: Path) -> Iterator[StreamingEngine]:
+    """As on a GPU until it is assembled, which fails here."""
+    with StreamingEngine(folder, bits=16, device="cpu", on_note=[].append) as engine:
+        engine._device, engine._codec, engine._vram = torch.device("cuda"), "lossless", 2 * GIB
+        engine._packed = LikelyWeights()
+        yield engine
+        engine._device = torch.device("cpu")
+
+
+def test_an_engine_packs_when_it_is_assembled(engine: StreamingEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, float]] = []
+    threads: list[int] = []
+
+    def pack_here(*arguments: Any, device: torch.device, **options: Any) -> PackedFolder:
+        threads.append(options["threads"])
+        return pack(*arguments, **options)
+
+    monkeypatch.setattr("streamer.codec.pack", pack_here)
+    monkeypatch.setattr("streamer.codec.usable_cores", lambda: 4)
+    given_back: list[bool] = []
+    monkeypatch.setattr("streamer.codec._give_back", lambda: given_back.append(True))
+    engine.stats.on_progress = lambda what, share: seen.append((what, share))
+    assert "likely 70.4 %" in engine.memory_report()._sentences()
+    built: dict[str, Any] = {}
+
+    def build(architecture: Architecture, plan: Plan, *arguments: Any, **options: Any) -> None:
+        built.update(options, plan=plan)
+        raise RuntimeError("no GPU here")
+
+    monkeypatch.setattr("streamer.engine.current_device", lambda device: nullcontext())
+    monkeypatch.setattr("streamer.engine.build_runtime", build)
+    with pytest.raises(RuntimeError, match="no GPU here"):
+        engine.assemble(64)
+    assert built["packed"] is engine._packed
+    assert not built["plan"].is_share_likely
+    assert threads == [4]
+    assert given_back == [True]
+    assert seen[-1] == ("packing", 1.0)
+    assert isinstance(engine._packed, PackedWeights)
+    assert any("has not been packed as it is now" in line for line in engine.stats.notes)
+    assert "without loss: 70.1 %" in engine.memory_report()._sentences()
+    engine.pack()
+    assert threads == [4]
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_packed(engine: StreamingEngine) -> None:
+    with pytest.raises(DoesNotFitError):
+        engine.assemble(engine.max_context, 4000)
+    assert not packed_dir().exists()
+
+
+def test_packing_keeps_to_the_host_memory_of_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+
+    def pack_here(*arguments: Any, **options: Any) -> PackedFolder:
+        threads.append(options["threads"])
+        return pack(*arguments, **options)
+
+    monkeypatch.setattr("streamer.codec.pack", pack_here)
+    monkeypatch.setattr("streamer.codec.usable_cores", lambda: 16)
+    for ram in (GIB, PROCESS_BYTES + 5 * THREAD_BYTES, 64 * GIB):
+        with Checkpoint.open(folder) as checkpoint:
+            pack_for_run(checkpoint, torch.device("cpu"), ram_bytes=ram, on_note=str).close()
+    assert threads == [1, 3, 16]
+
+
+def test_packing_that_is_interrupted_says_that_it_goes_on(folder: Path) -> None:
+    def interrupt(share: float) -> None:
+        raise KeyboardInterrupt
+
+    with (
+        Checkpoint.open(folder) as checkpoint,
+        pytest.raises(KeyboardInterrupt, match="while packing; the same command goes on from here"),
+    ):
+        pack_for_run(checkpoint, torch.device("cpu"), ram_bytes=GIB, on_note=str, on_progress=interrupt)
+    assert list(packed_dir().glob("*.part"))
 
 
 def test_a_report_of_coded_weights_packs_nothing(folder: Path) -> None:
@@ -164,6 +246,7 @@ def test_a_report_of_coded_weights_packs_nothing(folder: Path) -> None:
     pack(folder, packed_dir(), threads=1)
     known = plan_report(folder, codec="lossless", **options)
     assert report.codec == known.codec == "lossless"
+    assert (report.is_coded_share_likely, known.is_coded_share_likely) == (True, False)
     assert report.streamed_bytes == pytest.approx(known.streamed_bytes, rel=0.01)
 
 
