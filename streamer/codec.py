@@ -9,7 +9,7 @@ from streamer.architecture import Architecture, Unit, UnitCode, aligned, reason_
 from streamer.checkpoint import Checkpoint
 from streamer.errors import CheckpointError, OptionError
 from streamer.ops.lossless import has_kernel
-from streamer.options import AUTO_CODEC, CODECS, LOSSLESS, RAW, packed_dir
+from streamer.options import AUTO_CODEC, CODECS, LOSSLESS, RAW, format_coded_share, packed_dir
 from streamer.packing import THREAD_BYTES, find_packed, pack, was_packed
 from streamer.plan import PROCESS_BYTES, Plan, Request, make_plan, plan_if_it_fits
 from streamer.rates import usable_cores
@@ -108,11 +108,9 @@ def pack_for_run(
 def _give_back() -> None:
     """What torch keeps of the memory of a GPU, and of page-locked memory, which plans do not count."""
     torch.cuda.empty_cache()
-    # of its own name from torch 2.12 on
-    named = (
-        getattr(torch.accelerator.memory, "empty_host_cache", None) if hasattr(torch.accelerator, "memory") else None
-    )
-    empty_host_cache = named or getattr(torch._C, "_host_emptyCache", None)
+    # public in newer versions of torch only
+    public = getattr(getattr(torch.accelerator, "memory", None), "empty_host_cache", None)
+    empty_host_cache = public or getattr(torch._C, "_host_emptyCache", None)
     if empty_host_cache is not None:
         empty_host_cache()
 
@@ -153,9 +151,7 @@ def make_plan_with_codec(
         plan = planned(coded)
     notes = list(plan.notes)
     if plan.is_coded:
-        share = f"{100 * plan.coded_share:.1f} % of their bytes"
-        if plan.is_share_likely:
-            share = f"likely {share}, which packing will show"
+        share = format_coded_share(plan.coded_share, is_likely=plan.is_share_likely)
         notes.append(f"weights of layers are kept and moved coded, without loss: {share}")
     else:
         notes.append("no weights get smaller coded: they are kept and moved as they are")

@@ -382,12 +382,9 @@ class StreamingEngine:
         biases = architecture.key_biases(self._checkpoint)
         held = bytes_of(biases, on_gpu=self._device.type == "cuda")
         own, plan = self._plan(architecture, context, batch, held)
-        packed = self._packed
-        if isinstance(packed, LikelyWeights):
-            packed = None
-            if plan.is_coded:  # what cannot fit has been refused by now
-                packed = self._packed = self._pack()
-                own, plan = self._plan(architecture, context, batch, held)
+        if isinstance(self._packed, LikelyWeights) and plan.is_coded:  # what cannot fit has been refused by now
+            self._packed = self._pack()
+            own, plan = self._plan(architecture, context, batch, held)
         architecture = own
         for line in plan.notes:
             self.stats.note(line)
@@ -406,7 +403,7 @@ class StreamingEngine:
                 self._device,
                 self.stats,
                 has_cap=has_cap,
-                packed=packed,
+                packed=self._packed if isinstance(self._packed, PackedWeights) else None,
             )
         return self._runtime
 

@@ -106,6 +106,12 @@ def parse_dtype(name: str) -> str:
     return dtype
 
 
+def format_coded_share(share: float, *, is_likely: bool) -> str:
+    """The bytes of coded weights over those of the weights, for users; is_likely: before they have been packed."""
+    text = f"{100 * share:.1f} % of their bytes"
+    return f"likely {text}, which packing will show" if is_likely else text
+
+
 def cache_dir() -> Path:
     """The folder where tq-stream keeps what it makes (converted models, measurements); it may not exist yet.
 

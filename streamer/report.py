@@ -11,7 +11,7 @@ from rich.text import Text
 
 from streamer.architecture import Architecture
 from streamer.forecast import BudgetRow, Forecast, Lever, Machine, budget_rows, format_rate, predict
-from streamer.options import GB, GIB, LOSSLESS, RAW, format_size
+from streamer.options import GB, GIB, LOSSLESS, RAW, format_coded_share, format_size
 from streamer.plan import CacheSettings, Plan, Request, cache_bytes
 from turboquant.hf import TurboQuantCache
 from turboquant.policy import parse_decay, usual_precision
@@ -120,9 +120,7 @@ class MemoryReport:
                 f"{format_size(self.streamed_bytes)} cross the link per pass"
             )
             if self.codec != RAW:
-                share = f"{100 * self.coded_share:.1f} % of their bytes"
-                if self.is_coded_share_likely:
-                    share = f"likely {share}, which packing will show"
+                share = format_coded_share(self.coded_share, is_likely=self.is_coded_share_likely)
                 lines.append(f"weights of layers are kept and moved coded, without loss: {share}")
             lines.append(f"prompts go through a layer in chunks of {self.prefill_chunk} tokens")
             lines += self._speed()

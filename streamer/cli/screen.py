@@ -28,7 +28,7 @@ class Screen:
         """Moves the bar of what is being done; share is 0 to 1, and 1 takes it away. Other work has its own bar."""
         if not self._shows_progress:
             return
-        if share >= 1 or (self._progress is not None and what != self._what):
+        if share >= 1 or what != self._what:
             self._take_away()
         if share >= 1:
             return

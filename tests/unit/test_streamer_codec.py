@@ -159,6 +159,19 @@ def test_what_is_not_packed_is_when_a_run_wants_it_coded(folder: Path) -> None:
 
 
 @pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many each packing was given; whatever device was asked for, the CPU codes."""
+    found: list[int] = []
+
+    def pack_here(*arguments: Any, threads: int, device: torch.device, **options: Any) -> PackedFolder:
+        found.append(threads)
+        return pack(*arguments, threads=threads, **options)
+
+    monkeypatch.setattr("streamer.codec.pack", pack_here)
+    return found
+
+
+@pytest.fixture
 def engine(folder: Path) -> Iterator[StreamingEngine]:
     """As on a GPU until it is assembled, which fails here."""
     with StreamingEngine(folder, bits=16, device="cpu", on_note=[].append) as engine:
@@ -168,15 +181,10 @@ def engine(folder: Path) -> Iterator[StreamingEngine]:
         engine._device = torch.device("cpu")
 
 
-def test_an_engine_packs_when_it_is_assembled(engine: StreamingEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_packs_when_it_is_assembled(
+    engine: StreamingEngine, threads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[tuple[str, float]] = []
-    threads: list[int] = []
-
-    def pack_here(*arguments: Any, device: torch.device, **options: Any) -> PackedFolder:
-        threads.append(options["threads"])
-        return pack(*arguments, **options)
-
-    monkeypatch.setattr("streamer.codec.pack", pack_here)
     monkeypatch.setattr("streamer.codec.usable_cores", lambda: 4)
     given_back: list[bool] = []
     monkeypatch.setattr("streamer.codec._give_back", lambda: given_back.append(True))
@@ -210,14 +218,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_packed(engine: Streamin
     assert not packed_dir().exists()
 
 
-def test_packing_keeps_to_the_host_memory_of_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    threads: list[int] = []
-
-    def pack_here(*arguments: Any, **options: Any) -> PackedFolder:
-        threads.append(options["threads"])
-        return pack(*arguments, **options)
-
-    monkeypatch.setattr("streamer.codec.pack", pack_here)
+def test_packing_keeps_to_the_host_memory_of_the_run(
+    folder: Path, threads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("streamer.codec.usable_cores", lambda: 16)
     for ram in (GIB, PROCESS_BYTES + 5 * THREAD_BYTES, 64 * GIB):
         with Checkpoint.open(folder) as checkpoint:
