@@ -161,30 +161,27 @@ def emulated_assembly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield from emulated(monkeypatch)
 
 
+# Multiprocessors that a call is spread over: where few programs share many tokens, each of their warps takes key terms
+# of its own spans, several rounds of it.
 @pytest.mark.usefixtures("emulated_assembly")
 @pytest.mark.parametrize(
-    ("case", "rounds"),
-    # key terms alone have rounds, and tails of several shapes to end in
-    [(case, False) for case in FRAGMENTS] + [(case, True) for case in FRAGMENTS if {"window", "sinks"} & case.keys()],
-    ids=lambda value: name_of(value) if isinstance(value, dict) else "rounds" if value else "once",
+    ("case", "processors"),
+    [(case, 4) for case in FRAGMENTS]
+    + [(case, 1) for case in FRAGMENTS if {"window", "sinks"} & case.keys()]
+    + [({"has_bias": True, "lengths": (1350,), "key_dim": 64, "heads_per_group": 2}, 1)],
+    ids=lambda value: name_of(value) if isinstance(value, dict) else f"processors={value}",
 )
-def test_fragments_emulated(case: dict[str, Any], rounds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if rounds:
-        # one warp for all spans, several rounds of it
-        monkeypatch.setattr(kernel, "_TERMS_FEW", 0)
-        monkeypatch.setattr(kernel, "_TERMS_WARPS", 1)
-        monkeypatch.setattr(kernel, "multiprocessors", lambda device: 1)
+def test_fragments_emulated(case: dict[str, Any], processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "multiprocessors", lambda device: processors)
     check(Case(**({"groups": 1, "lengths": (400,), "dtype": torch.float32} | case)), "cpu")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize("processors", [None, 8])
 @pytest.mark.parametrize("case", FRAGMENTS, ids=name_of)
-def test_fragments_on_a_gpu(case: dict[str, Any], rounds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if rounds:
-        monkeypatch.setattr(kernel, "_TERMS_FEW", 0)
-        monkeypatch.setattr(kernel, "_TERMS_WARPS", 1)
-        monkeypatch.setattr(kernel, "multiprocessors", lambda device: 20)
+def test_fragments_on_a_gpu(case: dict[str, Any], processors: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if processors is not None:
+        monkeypatch.setattr(kernel, "multiprocessors", lambda device: processors)
     check(Case(**({"groups": 2, "dtype": torch.float32} | case | {"lengths": (9000, 0, 3001)})), "cuda")
 
 
@@ -197,17 +194,17 @@ def test_the_bias_of_every_token(
     if device == "cpu":
         request.getfixturevalue("emulated_assembly")
     found = []
+    split = kernel._attend_split
 
     class Launched:
         def __getitem__(self, grid: Any) -> Any:
             def launch(*args: Any, **options: Any) -> None:
-                key_terms[grid](*args, **options)
-                found.append(args[11])
+                split[grid](*args, **options)
+                found.append(dict(zip(split.arg_names, args, strict=False)))
 
             return launch
 
-    key_terms = kernel.key_terms
-    monkeypatch.setattr(kernel, "key_terms", Launched())
+    monkeypatch.setattr(kernel, "_attend_split", Launched())
     case = Case(groups=1, lengths=(700,), has_bias=True, has_means=False, dtype=torch.float32)
     layer = make_layer(case, device)
     frequencies = base ** -torch.linspace(0, 1, case.key_dim // 2, dtype=torch.float64, device=device)
@@ -217,11 +214,20 @@ def test_the_bias_of_every_token(
     matrices = tuple(rotation.matrix(device) for rotation in layer.rotations)
     attend_packed(layer.q, layer.packed, matrices, terms, scale=1.0, most_blocks=layer.most_blocks)
     blocks = 64 * layer.most_blocks
-    positions = torch.arange(case.sinks, case.sinks + blocks, device=device)
+    positions = torch.arange(700, device=device)
     q = layer.q[0, :, 0].float()
     expected = key_bias.scores(q[None], positions)[0] * 1.4426950408889634
     size = q.norm(dim=-1, keepdim=True) * key_bias.bias.norm()
-    assert ((found[0][:, :blocks] - expected).abs() / size).max() < 1e-6
+    stored = found[0]["terms"]
+    in_blocks = stored[:, :blocks] - expected[:, case.sinks : case.sinks + blocks]
+    assert (in_blocks.abs() / size).max() < 1e-6
+    ring = layer.packed.key_tail.shape[2] - case.sinks
+    for places, tokens in (
+        (torch.arange(case.sinks), positions[: case.sinks]),
+        (case.sinks + torch.arange(blocks, 700 - case.sinks) % ring, positions[case.sinks + blocks :]),
+    ):
+        in_tail = stored[:, found[0]["terms_tail"] + places.to(device)] - expected[:, tokens]
+        assert (in_tail.abs() / size).max() < 1e-6
 
 
 @pytest.mark.parametrize("in_fragments", [False, True])

@@ -186,6 +186,21 @@ def _load_values(record, thread, mask, AT: tl.constexpr, QUARTER: tl.constexpr, 
 
 
 @triton.jit
+def fetch(pointer, thread, is_there, BYTES: tl.constexpr):
+    """Have the L2 read what loads ask for later. pointer: aligned to 16 bytes; thread 0 asks, for a multiple of 16."""
+    size = tl.where(is_there & (thread == 0), BYTES // 16 * 16, 0)
+    tl.inline_asm_elementwise(
+        """{.reg .pred some; setp.ne.s32 some, $2, 0;
+        @some cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, $2;}""",
+        "=r,l,r",
+        [pointer.to(tl.int64), size],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def _load_terms(own, block, mask):
     """What is added to a thread's four scores of a block, two float32 in each of two words."""
     return tl.load(own + 32 * block, mask=mask, other=0), tl.load(own + (32 * block + 4), mask=mask, other=0)
@@ -247,8 +262,8 @@ def attend_fragments(
     row_scale,
     position,
     softcap,
+    means,
     terms,
-    terms_stride,
     registers,
     out_top,
     out_mass,
@@ -262,14 +277,16 @@ def attend_fragments(
     KEY_BYTES: tl.constexpr,
     VALUE_BYTES: tl.constexpr,
     HAS_MEANS: tl.constexpr,
-    READS_TERMS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
+    FETCHES: tl.constexpr,
 ):
     """The blocks [first, last) of `entries` for `rows` query rows, at most 8; stores top, mass and weighted sums.
 
-    q: of `prepare_rows`, its row `at` the first. row_scale, position: [128], of thread (g, t)'s row g. terms: of the
-    first row, rows terms_stride apart. out_top, out_mass, out_acc: of the first row.
+    q: of `prepare_rows`, its row `at` the first. row_scale, position, means, terms: [128], of thread (g, t)'s row g;
+    means points to what is added to the scores of block 0, terms to what is added to those of its tokens. out_top,
+    out_mass, out_acc: of the first row.
     """
     thread = tl.arange(0, 32 * 4)
     g = thread % 32 // 4
@@ -305,8 +322,10 @@ def attend_fragments(
     keys = _load_keys(record, thread, is_left, KEYS_AT, KEY_QUARTER, KEY_PLANES)
     values = _load_values(record, thread, is_left, VALUES_AT, VALUE_QUARTER, VALUE_PLANES)
     entry = tl.load(entries + first + 1, mask=first + 1 < last, other=0)
-    if READS_TERMS:
-        own_terms = (terms + g * terms_stride + own).to(tl.pointer_type(tl.int64))
+    if HAS_MEANS:
+        mean = tl.load(means + first, mask=is_row & is_left, other=0)
+    if HAS_BIAS:
+        own_terms = (terms + own).to(tl.pointer_type(tl.int64))
         both_terms = _load_terms(own_terms, first, is_row & is_left)
     for block in tl.range(first, last, num_stages=1):
         KEY_ASSEMBLY: tl.constexpr = piece(_SCORES, 0, KEY_PLANES, KEY_QUARTER)
@@ -340,7 +359,13 @@ def attend_fragments(
         s1 *= k1 * row_scale
         s2 *= k2 * row_scale
         s3 *= k3 * row_scale
-        if READS_TERMS:
+        if HAS_MEANS:
+            s0 += mean
+            s1 += mean
+            s2 += mean
+            s3 += mean
+            mean = tl.load(means + block + 1, mask=is_row & is_left, other=0)
+        if HAS_BIAS:
             term0, term1 = two_floats(both_terms[0])
             term2, term3 = two_floats(both_terms[1])
             s0 += term0
@@ -388,6 +413,8 @@ def attend_fragments(
             pack=1,
         )
         values = _load_values(record, thread, is_left, VALUES_AT, VALUE_QUARTER, VALUE_PLANES)
+        if FETCHES:
+            fetch(own_anchor + (entry & -16), thread, block + 2 < last, HEAD_BYTES)
         top = new_top
 
     # the four warps, and what each thread of a row has of its mass

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from turboquant.layout import BLOCK_TOKENS, PackedTokens
 from turboquant.ops.attend.bias import SPAN_TOKENS, BiasTerms
-from turboquant.ops.attend.fragments import QUARTERS, attend_fragments
+from turboquant.ops.attend.fragments import QUARTERS, attend_fragments, fetch
 from turboquant.ops.attend.fragments import ROWS as FRAGMENT_ROWS
 from turboquant.ops.attend.fragments import WARPS as FRAGMENT_WARPS
 from turboquant.ops.attend.parts import (
@@ -31,6 +31,7 @@ from turboquant.ops.attend.parts import (
     by_row,
     capped,
     dot,
+    join_launches,
     mean_quarter,
     no_scores,
     place,
@@ -43,7 +44,7 @@ from turboquant.ops.attend.parts import (
     turned_back,
 )
 from turboquant.ops.attend.rows import merge_rows, prepare_rows
-from turboquant.ops.attend.terms import PAIRS, key_terms
+from turboquant.ops.attend.terms import PAIRS, store_bias, store_bias_of_tail, store_means
 from turboquant.ops.devices import capability, is_interpreted, multiprocessors
 from turboquant.ops.unpack.kernel import decode_fields, load_codes, tables
 
@@ -71,13 +72,13 @@ class Launch:
 # By capability (0 = any other), query rows up to, and widest head up to; written by scripts/tune_kernels.py.
 _LAUNCHES: dict[int, list[tuple[int, int, Launch]]] = {
     90: [
-        (8, 128, Launch(rows=16, swap=True, warps=4, stages=2, programs=3, registers=0)),
+        (8, 128, Launch(rows=16, swap=True, warps=4, stages=2, programs=3, registers=168)),
         (8, 256, Launch(rows=16, swap=True, warps=4, stages=2, programs=2, registers=0)),
         (1 << 30, 128, Launch(rows=16, swap=True, warps=4, stages=3, programs=3, registers=0)),
         (1 << 30, 256, Launch(rows=16, swap=True, warps=4, stages=2, programs=2, registers=0)),
     ],
     0: [
-        (8, 128, Launch(rows=16, swap=True, warps=4, stages=2, programs=3, registers=0)),
+        (8, 128, Launch(rows=16, swap=True, warps=4, stages=2, programs=3, registers=168)),
         (8, 256, Launch(rows=16, swap=True, warps=4, stages=2, programs=2, registers=0)),
         (1 << 30, 256, Launch(rows=16, swap=True, warps=4, stages=2, programs=2, registers=0)),
     ],
@@ -86,8 +87,11 @@ _LAUNCHES: dict[int, list[tuple[int, int, Launch]]] = {
 # Triton's interpreter does not run assembly; a test that makes it do so sets this.
 RUNS_ASSEMBLY = not is_interpreted()
 
-# Warps of `key_terms` wanted for each multiprocessor, and how few pairs of spans for each are shared by warps.
-_TERMS_WARPS, _TERMS_FEW = 16, 2
+# Launches of a call may begin while the one before them ends, where the device knows how.
+OVERLAPS = not is_interpreted()
+OVERLAPS_MERGE = True
+_OVERLAPS_FROM = 90
+FETCHES = not is_interpreted()
 
 # Coordinates of a row that one program rotates, or turns back.
 _CHUNK = 32
@@ -414,7 +418,19 @@ def _store_parts(out_top, out_mass, out_acc, to, is_row, found, VALUE_DIM: tl.co
 
 # A kernel for every value of these would be compiled in the middle of a generation.
 @triton.jit(
-    do_not_specialize=["table_stride", "groups", "heads_per_group", "tokens", "sinks", "window", "slots", "splits"]
+    do_not_specialize=[
+        "table_stride",
+        "groups",
+        "heads_per_group",
+        "tokens",
+        "sinks",
+        "window",
+        "slots",
+        "splits",
+        "terms_stride",
+        "terms_tail",
+        "terms_means",
+    ]
 )
 def _attend_split(
     anchor,
@@ -429,6 +445,7 @@ def _attend_split(
     coefficients,
     frequencies,
     bias_table,
+    bias_steps,
     centroids,
     registers,
     out_top,
@@ -447,6 +464,8 @@ def _attend_split(
     skip_below,
     terms,
     terms_stride,
+    terms_tail,
+    terms_means,
     KEY_DIM: tl.constexpr,
     KEY_QUARTER: tl.constexpr,
     KEY_QUARTER_PADDED: tl.constexpr,
@@ -460,9 +479,9 @@ def _attend_split(
     IS_MIXED: tl.constexpr,
     HAS_MEANS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    READS_TERMS: tl.constexpr,
     PAIRS_PADDED: tl.constexpr,
     QUICK: tl.constexpr,
+    FAST: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     SKIPS: tl.constexpr,
@@ -472,6 +491,8 @@ def _attend_split(
     ON_GPU: tl.constexpr,
     STAGES: tl.constexpr,
     IN_FRAGMENTS: tl.constexpr,
+    FETCHES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """A share of the tokens of one row of the batch, one KV head, ROWS query rows: top score, mass, weighted sum.
 
@@ -490,6 +511,32 @@ def _attend_split(
     to = (bg.to(tl.int64) * tl.num_programs(0) + split) * rows
     # a query that was padding sees the first token
     position = tl.maximum(length - tokens + r % tokens, 0)
+    share = (blocks + splits - 1) // tl.maximum(splits, 1)
+    first = split * share
+    last = tl.minimum(first + share, blocks)
+    entries = table + b.to(tl.int64) * table_stride
+    # a head's share of a record with all of its planes
+    HEAD_BYTES: tl.constexpr = (
+        KEY_BYTES + VALUE_BYTES + (KEY_PLANES - 1) * (32 * KEY_QUARTER) + (VALUE_PLANES - 1) * (32 * VALUE_QUARTER)
+    )
+    if IN_FRAGMENTS:
+        # one row of each thread, see `attend_fragments`
+        thread = tl.arange(0, 32 * 4)
+        g = thread % 32 // 4
+        is_own = g < rows
+        own = bg.to(tl.int64) * rows + tl.where(is_own, g, 0)
+        own_q = q + own * (4 * KEY_QUARTER_PADDED)
+        own_coefficients = coefficients + own * (2 * PAIRS_PADDED)
+        own_terms = terms + own * terms_stride
+        if FETCHES and split < splits:
+            for block in tl.static_range(0, 2):
+                entry = tl.load(entries + first + block, mask=first + block < last, other=0)
+                fetch(anchor + bg % groups * HEAD_BYTES + (entry & -16), thread, first + block < last, HEAD_BYTES)
+    join_launches(OVERLAPS)
+    if IN_FRAGMENTS:
+        own_scale, own_bias_scale, own_constant = row_factors(
+            factor, own, is_own, scale, bias_scaling, HAS_BIAS, HAS_SOFTCAP
+        )
     q0 = rotated_quarter(q, at, is_row, KEY_QUARTER_PADDED, 0)
     q1 = rotated_quarter(q, at, is_row, KEY_QUARTER_PADDED, 1)
     q2 = rotated_quarter(q, at, is_row, KEY_QUARTER_PADDED, 2)
@@ -497,28 +544,53 @@ def _attend_split(
     row_scale, bias_scale, constant = row_factors(factor, at, is_row, scale, bias_scaling, HAS_BIAS, HAS_SOFTCAP)
 
     if split < splits:
-        share = (blocks + splits - 1) // splits
-        first = split * share
         if IN_FRAGMENTS:
-            g = tl.arange(0, 128) % 32 // 4
-            scale_of_thread, _, _ = row_factors(
-                factor, bg.to(tl.int64) * rows + g, g < rows, scale, bias_scaling, False, HAS_SOFTCAP
-            )
+            if HAS_MEANS:
+                store_means(
+                    anchor + bg % groups * HEAD_BYTES,
+                    entries,
+                    first,
+                    last,
+                    own_q,
+                    is_own,
+                    own_scale,
+                    own_terms + terms_means,
+                    KEY_DIM,
+                )
+            if HAS_BIAS:
+                store_bias(
+                    first,
+                    last,
+                    sinks,
+                    own_coefficients,
+                    frequencies,
+                    bias_table,
+                    bias_steps,
+                    own_bias_scale,
+                    own_constant,
+                    own_terms,
+                    is_own,
+                    PAIRS_PADDED,
+                    QUICK,
+                    FAST,
+                )
+            if HAS_MEANS or HAS_BIAS:
+                tl.debug_barrier()  # other threads read what these have stored
             attend_fragments(
                 anchor,
-                table + b.to(tl.int64) * table_stride,
+                entries,
                 first,
-                tl.minimum(first + share, blocks),
+                last,
                 bg % groups,
                 sinks,
                 q,
                 bg.to(tl.int64) * rows,
                 rows,
-                scale_of_thread,
+                own_scale,
                 tl.maximum(length - tokens + g % tokens, 0),
                 softcap,
-                terms + bg.to(tl.int64) * rows * terms_stride,
-                terms_stride,
+                own_terms + terms_means,
+                own_terms,
                 registers,
                 out_top + to,
                 out_mass + to,
@@ -532,16 +604,17 @@ def _attend_split(
                 KEY_BYTES,
                 VALUE_BYTES,
                 HAS_MEANS,
-                READS_TERMS,
+                HAS_BIAS,
                 HAS_SOFTCAP,
                 IS_CAUSAL,
+                FETCHES,
             )
         else:
             found = _attend_blocks(
                 anchor,
-                table + b.to(tl.int64) * table_stride,
+                entries,
                 first,
-                tl.minimum(first + share, blocks),
+                last,
                 bg % groups,
                 sinks,
                 key_tail,
@@ -588,6 +661,25 @@ def _attend_split(
             )
             _store_parts(out_top, out_mass, out_acc, to + r, is_row, found, VALUE_DIM, VALUE_QUARTER)
     else:
+        if IN_FRAGMENTS and HAS_BIAS:
+            store_bias_of_tail(
+                (split - splits) * 64,
+                slots,
+                sinks,
+                length,
+                own_coefficients,
+                frequencies,
+                bias_table,
+                bias_steps,
+                own_bias_scale,
+                own_constant,
+                own_terms + terms_tail,
+                is_own,
+                PAIRS_PADDED,
+                QUICK,
+                FAST,
+            )
+            tl.debug_barrier()  # other threads read what these have stored
         found = _attend_tail(
             key_tail + bg.to(tl.int64) * slots * KEY_DIM,
             value_tail + bg.to(tl.int64) * slots * VALUE_DIM,
@@ -608,7 +700,7 @@ def _attend_split(
             frequencies,
             position,
             softcap,
-            terms + at * terms_stride + (terms_stride - 64 * (tl.num_programs(0) - splits)),
+            terms + at * terms_stride + terms_tail,
             KEY_DIM,
             KEY_QUARTER,
             KEY_QUARTER_PADDED,
@@ -616,7 +708,7 @@ def _attend_split(
             VALUE_QUARTER,
             VALUE_QUARTER_PADDED,
             HAS_BIAS,
-            READS_TERMS,
+            IN_FRAGMENTS,
             PAIRS_PADDED,
             HAS_SOFTCAP,
             ROWS,
@@ -682,12 +774,14 @@ def attend_packed(
     factor = torch.empty(batch * groups * rows, 4, dtype=torch.float32, device=device)
     pairs_padded = bias.frequencies.shape[0] if bias is not None else 16
     in_fragments = _fits_fragments(packed, rows, pairs_padded, is_mixed=is_mixed, skips=skip_below > 0)
+    overlaps = OVERLAPS and capability(device) >= _OVERLAPS_FROM
     launch = launch or launch_for(device, rows, max(key_dim, value_dim), in_fragments=in_fragments)
     coefficients = (
         torch.empty(batch * groups * rows, 2, pairs_padded, dtype=torch.float32, device=device)
         if bias is not None
         else factor
     )
+    overlapping = {"OVERLAPS": overlaps, "launch_pdl": overlaps}
     prepare_rows[(rows, batch * groups, -(-4 * key_quarter // _CHUNK))](
         q,
         q.stride(0),
@@ -709,6 +803,7 @@ def attend_packed(
         PAIRS_PADDED=pairs_padded,
         INTERLEAVED=bias is not None and bias.interleaved,
         CHUNK=_CHUNK,
+        **overlapping,
     )
     tails = -(-slots // BLOCK_TOKENS)
     sides: dict[str, Any] = {
@@ -731,49 +826,13 @@ def attend_packed(
     }
     frequencies, spans, steps = (bias.frequencies, bias.spans, bias.steps) if bias else (packed.table, factor, factor)
     bias_scaling = bias.scaling if bias is not None else 1.0
-    terms = None
-    if in_fragments and (bias is not None or layout.key.mean_bytes):
-        terms = torch.empty(batch * groups * rows, 64 * (most_blocks + tails), dtype=torch.float32, device=device)
-        behind_sinks = 64 * most_blocks + slots - packed.sinks
-        # few tokens: four warps share two spans; many: each has its own
-        pairs_of_spans = -(-behind_sinks // (2 * SPAN_TOKENS)) * batch * groups
-        rounds = -(-pairs_of_spans // (_TERMS_WARPS * multiprocessors(device)))
-        if pairs_of_spans < _TERMS_FEW * multiprocessors(device):
-            rounds = 0
-        spans_each = 2 * 4 * rounds or 2
-        key_terms[(-(-behind_sinks // (spans_each * SPAN_TOKENS)) + 1, batch * groups)](
-            packed.anchor,
-            packed.table,
-            packed.table.stride(0),
-            packed.lengths,
-            packed.coded,
-            rotated,
-            factor,
-            coefficients,
-            frequencies,
-            spans,
-            steps,
-            terms,
-            terms.stride(0),
-            groups,
-            heads_per_group,
-            tokens,
-            packed.sinks,
-            packed.window,
-            slots,
-            scale,
-            bias_scaling,
-            rounds,
-            KEY_DIM=key_dim,
-            HEAD_BYTES=layout.head_bytes,
-            HAS_MEANS=layout.key.mean_bytes > 0,
-            HAS_BIAS=bias is not None,
-            PAIRS_PADDED=pairs_padded,
-            QUICK=bias.quick if bias is not None else 0,
-            FAST=bias.fast if bias is not None else pairs_padded,
-            HAS_SOFTCAP=softcap is not None,
-            num_warps=FRAGMENT_WARPS,
-        )
+    # of a query row: what is added to the scores of blocks' tokens, of the tail's slots, and of whole blocks
+    terms_tail = 64 * most_blocks if bias is not None else 0
+    terms_means = terms_tail + (64 * tails if bias is not None else 0)
+    terms_stride = terms_means + (most_blocks + most_blocks % 2 if layout.key.mean_bytes else 0)
+    terms = factor
+    if in_fragments and terms_stride:
+        terms = torch.empty(batch * groups * rows, terms_stride, dtype=torch.float32, device=device)
     tiles = -(-rows // launch.rows)
     wanted = launch.programs * multiprocessors(device)
     # all programs run at once: one too many would wait for the others and double the time
@@ -796,6 +855,7 @@ def attend_packed(
         coefficients,
         frequencies,
         spans,
+        steps,
         centroids,
         registers,
         top,
@@ -812,11 +872,13 @@ def attend_packed(
         bias_scaling,
         softcap or 1.0,
         skip_below,
-        terms if terms is not None else factor,
-        64 * (most_blocks + tails),
+        terms,
+        terms_stride,
+        terms_tail,
+        terms_means,
         VALUE_DIM=value_dim,
         VALUE_QUARTER_PADDED=value_quarter,
-        READS_TERMS=terms is not None,
+        FAST=bias.fast if bias is not None else pairs_padded,
         IS_CAUSAL=tokens > 1,
         SKIPS=skip_below > 0,
         ROWS=launch.rows,
@@ -825,8 +887,10 @@ def attend_packed(
         **sides,
         STAGES=launch.stages,
         IN_FRAGMENTS=in_fragments,
+        FETCHES=FETCHES and capability(device) >= _OVERLAPS_FROM,
         num_warps=FRAGMENT_WARPS if in_fragments else launch.warps,
         num_stages=launch.stages,
+        **overlapping,
         **({"maxnreg": launch.registers} if launch.registers else {}),
     )
     out = torch.empty(batch, tokens, heads, value_dim, dtype=q.dtype, device=device)
@@ -847,9 +911,9 @@ def attend_packed(
         DIM=value_dim,
         DIM_PADDED=triton.next_power_of_2(value_dim),
         HAS_SINK_LOGITS=sink_logits is not None,
-        PARTS_PADDED=triton.next_power_of_2(parts),
         CHUNK=_CHUNK,
         TILE=64,
         num_warps=8,
+        **{"OVERLAPS": overlaps and OVERLAPS_MERGE, "launch_pdl": overlaps and OVERLAPS_MERGE},
     )
     return out.transpose(1, 2)

@@ -2,6 +2,19 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def join_launches(OVERLAPS: tl.constexpr):
+    """Wait until the launch before this one has ended, where it may still run, and let the next one begin to start.
+
+    In this order, whatever lies before the launch before this one has ended as well when a program begins: what that
+    has written may be read ahead of the wait, and nothing may be written there.
+    """
+    if OVERLAPS:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit

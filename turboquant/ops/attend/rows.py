@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from turboquant.ops.attend.parts import join_launches
+
 
 @triton.jit
 def _share_of_bias(
@@ -65,6 +67,7 @@ def prepare_rows(
     PAIRS_PADDED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     CHUNK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """One query row: CHUNK coordinates of it rotated to length 1, each quarter padded.
 
@@ -81,14 +84,15 @@ def prepare_rows(
     source = q + b.to(tl.int64) * q_batch_stride + head.to(tl.int64) * q_head_stride
     source += (row % tokens).to(tl.int64) * q_token_stride
     d = tl.arange(0, DIM_PADDED)
-    x = tl.load(source + d, mask=d < DIM, other=0).to(tl.float32)
-    length = tl.sqrt(tl.sum(x * x, 0))
-    inverse = tl.where(length > 0, 1 / length, 0.0)
-    inverse = tl.where(length != length, length, inverse)  # NaN stays
     p = start + tl.arange(0, CHUNK)
     c = p // QUARTER_PADDED * QUARTER + p % QUARTER_PADDED
     is_real = p % QUARTER_PADDED < QUARTER
     part = tl.load(matrix + c[:, None] * DIM + d[None, :], mask=is_real[:, None] & (d < DIM)[None, :], other=0)
+    join_launches(OVERLAPS)
+    x = tl.load(source + d, mask=d < DIM, other=0).to(tl.float32)
+    length = tl.sqrt(tl.sum(x * x, 0))
+    inverse = tl.where(length > 0, 1 / length, 0.0)
+    inverse = tl.where(length != length, length, inverse)  # NaN stays
     tl.store(out_q + at * (4 * QUARTER_PADDED) + p, tl.sum(part * x[None, :], 1) * inverse)
     if start == 0:
         _share_of_bias(
@@ -125,9 +129,9 @@ def merge_rows(
     DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
     HAS_SINK_LOGITS: tl.constexpr,
-    PARTS_PADDED: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """CHUNK coordinates of a query row: the parts joined by log-sum-exp, and turned back to the model's coordinates."""
     row = tl.program_id(0)
@@ -137,26 +141,29 @@ def merge_rows(
     c = tl.arange(0, DIM_PADDED)
     d = tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)
     turn = tl.load(matrix + c[:, None] * DIM + d[None, :], mask=(c < DIM)[:, None] & (d < DIM)[None, :], other=0)
-    part = tl.arange(0, PARTS_PADDED)
+    join_launches(OVERLAPS)
     first = bg.to(tl.int64) * parts
-    tops = tl.load(in_top + (first + part) * rows + row, mask=part < parts, other=-1e30)
-    highest = tl.max(tops, 0)
+    highest = -1e30
+    mass = 0.0
     if HAS_SINK_LOGITS:
-        logit = tl.load(sink_logits + head).to(tl.float32) * 1.4426950408889634
-        highest = tl.maximum(highest, logit)
-    masses = tl.load(in_mass + (first + part) * rows + row, mask=part < parts, other=0)
-    mass = tl.sum(masses * tl.exp2(tops - highest), 0)
-    if HAS_SINK_LOGITS:
-        mass += tl.exp2(logit - highest)
+        highest = tl.load(sink_logits + head).to(tl.float32) * 1.4426950408889634
+        mass = 1.0
     joined = tl.zeros((DIM_PADDED,), tl.float32)
-    for start in tl.range(0, parts, TILE):
+    for start in tl.range(0, parts, TILE, num_stages=1):
+        # asked for together: most calls have no second tile, and take as long as their loads
         some = start + tl.arange(0, TILE)
         at = (first + some) * rows + row
-        share = tl.exp2(tl.load(in_top + at, mask=some < parts, other=-1e30) - highest)
+        tops = tl.load(in_top + at, mask=some < parts, other=-1e30)
+        masses = tl.load(in_mass + at, mask=some < parts, other=0)
         own = tl.load(
             in_acc + at[:, None] * DIM + c[None, :], mask=(some < parts)[:, None] & (c < DIM)[None, :], other=0
         )
-        joined += tl.sum(own * share[:, None], 0)
+        new = tl.maximum(highest, tl.max(tops, 0))
+        shrink = tl.exp2(highest - new)
+        share = tl.exp2(tops - new)
+        mass = mass * shrink + tl.sum(masses * share, 0)
+        joined = joined * shrink + tl.sum(own * share[:, None], 0)
+        highest = new
     total = tl.sum(joined[:, None] * turn, 0)
     # a row that holds no token gives zeros
     total = total / tl.where(mass == 0, 1.0, mass)

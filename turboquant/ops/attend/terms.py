@@ -16,12 +16,11 @@ from turboquant.ops.attend.lanes import (
     high_and_low,
     multiply,
     names,
-    of_first_two,
     piece,
     sum_of_row,
     two_floats,
 )
-from turboquant.ops.attend.parts import row_factors, turned, turned_back
+from turboquant.ops.attend.parts import turned, turned_back
 
 SPAN = tl.constexpr(SPAN_TOKENS)
 PAIRS = (16, 32, 64)  # padded, that are served: operands of more would not fit the registers
@@ -191,12 +190,6 @@ def _queries(q, is_row, t, DIM: tl.constexpr):
 
 
 @triton.jit
-def _entries_of(entries, first, blocks, g):
-    """Entries of blocks first to first + 3, for threads (g, t) with g below 4; of blocks that are not there 0."""
-    return tl.load(entries + first + g, mask=(g < 4) & (first + g < blocks), other=0)
-
-
-@triton.jit
 def _load_means(anchor, entry, t, DIM: tl.constexpr):
     """A block's mean, 4 of every 16 float16 a thread. anchor: of the head; entry: 0 gives zeros."""
     mean = anchor + (entry & -16) + 128 + 8 * t
@@ -208,195 +201,196 @@ def _load_means(anchor, entry, t, DIM: tl.constexpr):
 
 
 @triton.jit
-def _mean_products(queries, means, g, DIM: tl.constexpr):
-    """Scores of the means of four blocks in row g; queries, means: what `_queries` and `_load_means` give."""
+def _mean_products(queries, means, DIM: tl.constexpr):
+    """Scores of the means of blocks 2 t and 2 t + 1 in row g; queries, means: from `_queries`, `_load_means`."""
     words = ()
     for k in tl.static_range(0, DIM // 16):
         words = words + queries[4 * k : 4 * k + 4] + means[2 * k : 2 * k + 2]
     ASSEMBLY: tl.constexpr = piece(_MEANS, 0, DIM)
     CONSTRAINTS: tl.constexpr = piece(_MEANS, 1, DIM)
-    even, odd = tl.inline_asm_elementwise(
+    return tl.inline_asm_elementwise(
         ASSEMBLY, CONSTRAINTS, words, dtype=(tl.float32, tl.float32), is_pure=True, pack=1
     )
-    m0, m2 = of_first_two(even, g)
-    m1, m3 = of_first_two(odd, g)
-    return m0, m1, m2, m3
 
 
 @triton.jit
-def _store_by_position(s0, s1, to, place, end, is_row):
-    """Scores of two tokens by position, before `end`, which is even."""
-    tl.store((to + place).to(tl.pointer_type(tl.int64)), eight_bytes(s0, s1), mask=is_row & (place < end))
+def store_means(anchor, entries, first, last, q, is_row, row_scale, out, KEY_DIM: tl.constexpr):
+    """What the means of blocks [first, last) add to the scores of their tokens.
+
+    anchor: of the head. q, row_scale, out, is_row: [128], of thread (g, t)'s row g; out points to its block 0.
+    """
+    thread = tl.arange(0, 32 * 4)
+    g = thread % 32 // 4
+    t = thread % 4
+    queries = _queries(q, is_row, t, KEY_DIM)
+    # a warp multiplies 8 blocks at once
+    for start in tl.range(first, last, 32, num_stages=1):
+        column = start + thread // 32 * 8
+        entry = tl.load(entries + column + g, mask=column + g < last, other=0)
+        even, odd = _mean_products(queries, _load_means(anchor, entry, t, KEY_DIM), KEY_DIM)
+        column += 2 * t
+        tl.store(out + column, even * row_scale, mask=is_row & (column < last))
+        tl.store(out + column + 1, odd * row_scale, mask=is_row & (column + 1 < last))
 
 
 @triton.jit
-def _store_in_ring(s0, s1, to, place, ring, start, end, is_row):
-    """Scores of two tokens by their slot, from `start`, which is even, to `end`."""
-    tl.store(to + place % ring, s0, mask=is_row & (place >= start) & (place < end))
-    tl.store(to + (place + 1) % ring, s1, mask=is_row & (place >= start) & (place + 1 < end))
+def _prepared(
+    cos,
+    sin,
+    next_cos,
+    next_sin,
+    steps,
+    t,
+    bias_scale,
+    constant,
+    PAIRS_PADDED: tl.constexpr,
+    QUICK: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """What `_bias_at` wants of two spans, from the coefficients at their first tokens."""
+    # the table holds cos - 1 of all but quickly turning pairs, which keeps their digits
+    still = _sum_of(cos, QUICK // 4, PAIRS_PADDED // 4) * bias_scale + constant
+    next_still = _sum_of(next_cos, QUICK // 4, PAIRS_PADDED // 4) * bias_scale + constant
+    operands = _operands(cos, sin, next_cos, next_sin, FAST // 4)
+    slow = ()
+    next_slow = ()
+    if FAST < PAIRS_PADDED:
+        turn = _pairs_at(steps + (2 * PAIRS_PADDED + FAST), t, PAIRS_PADDED - FAST)
+        slow = _slow_scores(cos, sin, turn, FAST // 4, PAIRS_PADDED // 4)
+        next_slow = _slow_scores(next_cos, next_sin, turn, FAST // 4, PAIRS_PADDED // 4)
+    return still, next_still, operands, slow, next_slow
 
 
-# A kernel for every value of these would be compiled in the middle of a generation.
-@triton.jit(
-    do_not_specialize=[
-        "table_stride",
-        "groups",
-        "heads_per_group",
-        "tokens",
-        "sinks",
-        "window",
-        "slots",
-        "out_stride",
-        "rounds",
-    ]
-)
-def key_terms(
-    anchor,
-    table,
-    table_stride,
-    lengths,
-    coded,
-    q,
-    factor,
+@triton.jit
+def _bias_at(i, prepared, spans, thread, bias_scale, PAIRS_PADDED: tl.constexpr, FAST: tl.constexpr):
+    """What the bias adds to tokens 8 i + 2 t and the next of a span in row g, and of the other span."""
+    ASSEMBLY: tl.constexpr = piece(_BIAS, 0, FAST, PAIRS_PADDED)
+    CONSTRAINTS: tl.constexpr = piece(_BIAS, 1, FAST, PAIRS_PADDED)
+    b0, b1, b2, b3 = tl.inline_asm_elementwise(
+        ASSEMBLY,
+        CONSTRAINTS,
+        ((spans + i * (16 * PAIRS_PADDED) + thread % 32 * 8).to(tl.int64),) + prepared[2],
+        dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+        is_pure=True,
+        pack=1,
+    )
+    if FAST < PAIRS_PADDED:
+        x = (8 * i + 2 * (thread % 4)).to(tl.float32) * (1 / SPAN)
+        y = x + 1 / SPAN
+        b0 += _polynomial(prepared[3], x)
+        b1 += _polynomial(prepared[3], y)
+        b2 += _polynomial(prepared[4], x)
+        b3 += _polynomial(prepared[4], y)
+    return (
+        b0 * bias_scale + prepared[0],
+        b1 * bias_scale + prepared[0],
+        b2 * bias_scale + prepared[1],
+        b3 * bias_scale + prepared[1],
+    )
+
+
+@triton.jit
+def store_bias(
+    first,
+    last,
+    sinks,
     coefficients,
     frequencies,
     spans,
     steps,
+    bias_scale,
+    constant,
     out,
-    out_stride,
-    groups,
-    heads_per_group,
-    tokens,
-    sinks,
-    window,
-    slots,
-    scale,
-    bias_scaling,
-    rounds,
-    KEY_DIM: tl.constexpr,
-    HEAD_BYTES: tl.constexpr,
-    HAS_MEANS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    is_row,
     PAIRS_PADDED: tl.constexpr,
     QUICK: tl.constexpr,
     FAST: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
 ):
-    """out [B * G * rows, out_stride] float32: what is added to a token's score, blocks first, the tail's slots behind.
+    """What the key bias adds to the scores of the tokens of blocks [first, last).
 
-    The last program of a head takes the sinks, at most two spans. Each of the others takes tokens behind them, which
-    are stored by position while they lie in blocks, then by their slot in the ring of recent ones: two spans, of which
-    each of the 4 warps takes a quarter, or where rounds > 0 two spans for each warp, `rounds` times.
+    coefficients, bias_scale, constant, out, is_row: [128], of thread (g, t)'s row g; out points to its first token
+    behind the sinks. Four warps share two spans, or where there are more, each has its own.
     """
-    tile = tl.program_id(0)
-    bg = tl.program_id(1)
-    b = bg // groups
-    rows = heads_per_group * tokens
     thread = tl.arange(0, 32 * 4)
-    warp = thread // 32
-    g = thread % 32 // 4
     t = thread % 4
-    is_row = g < rows
-    at = bg.to(tl.int64) * rows + g
-    length = tl.load(lengths + b)
-    blocks = tl.maximum(tl.load(coded + b), (length - sinks - window) // 64)
-    row_scale, bias_scale, constant = row_factors(factor, at, is_row, scale, bias_scaling, HAS_BIAS, HAS_SOFTCAP)
-    own = out + at * out_stride
-    tail = own + (out_stride - (slots + 63) // 64 * 64)
-    is_sinks = tile == tl.num_programs(0) - 1
-    # tokens counted from the first behind the sinks, or from the first of all
-    ring = tl.where(is_sinks, tl.maximum(sinks, 1), slots - sinks)
-    to_ring = tl.where(is_sinks, tail, tail + sinks)
-    count = tl.where(is_sinks, tl.minimum(sinks, length), length - sinks)
-    in_blocks = tl.where(is_sinks, 0, 64 * blocks)
-    shares = rounds > 0
-    each = 2 * SPAN * tl.maximum(rounds, 1)
-    here = tl.where(shares, 4 * each, each)
-    start = tl.where(is_sinks, 0, tile * here)
-    in_blocks_only = start + here <= in_blocks
-    now = start + tl.where(shares, warp * each, 0)
-    # of the 16 times 8 tokens of a span
-    first = tl.where(shares, 0, 4 * warp)
     COUNT: tl.constexpr = PAIRS_PADDED // 4
+    tokens = 64 * (last - first)
+    shares = tokens <= 2 * SPAN
+    rounds = (tokens + (8 * SPAN - 1)) // (8 * SPAN)
+    now = 64 * first + tl.where(shares, 0, thread // 32 * (2 * SPAN * rounds))
+    tile = tl.where(shares, thread // 32 * (SPAN // 32), 0)
+    tiles = tl.where(shares, SPAN // 32, SPAN // 8)
+    cos = _pairs_at(coefficients, t, PAIRS_PADDED)
+    sin = _pairs_at(coefficients + PAIRS_PADDED, t, PAIRS_PADDED)
+    first_cos, first_sin = _angles(now + sinks, frequencies, t, COUNT)
+    cos, sin = _turn(cos, sin, first_cos, first_sin, COUNT)
+    for _ in tl.range(0, rounds, num_stages=1):
+        step_cos = _pairs_at(steps, t, PAIRS_PADDED)
+        step_sin = _pairs_at(steps + PAIRS_PADDED, t, PAIRS_PADDED)
+        next_cos, next_sin = _turn(cos, sin, step_cos, step_sin, COUNT)
+        prepared = _prepared(
+            cos, sin, next_cos, next_sin, steps, t, bias_scale, constant, PAIRS_PADDED, QUICK, FAST
+        )
+        cos, sin = _turn(next_cos, next_sin, step_cos, step_sin, COUNT)
+        for j in tl.range(0, tiles, num_stages=1, loop_unroll_factor=2):
+            s0, s1, s2, s3 = _bias_at(tile + j, prepared, spans, thread, bias_scale, PAIRS_PADDED, FAST)
+            place = now + 8 * (tile + j) + 2 * t
+            _store_two(s0, s1, out + place, is_row & (place < 64 * last))
+            _store_two(s2, s3, out + place + SPAN, is_row & (place + SPAN < 64 * last))
+        now += 2 * SPAN
 
-    if start < count:
-        cos = ()
-        sin = ()
-        if HAS_MEANS:
-            entries = table + b.to(tl.int64) * table_stride
-            held = tl.where(is_sinks, 0, blocks)
-            entry = _entries_of(entries, now // 64, held, g)
-        if HAS_BIAS:
-            row = coefficients + tl.where(is_row, at, bg.to(tl.int64) * rows) * (2 * PAIRS_PADDED)
-            cos = _pairs_at(row, t, PAIRS_PADDED)
-            sin = _pairs_at(row + PAIRS_PADDED, t, PAIRS_PADDED)
-            first_cos, first_sin = _angles(now + tl.where(is_sinks, 0, sinks), frequencies, t, COUNT)
-            cos, sin = _turn(cos, sin, first_cos, first_sin, COUNT)
-        for _ in tl.range(0, tl.maximum(rounds, 1), num_stages=1):
-            m0 = row_scale * 0
-            m1 = m0
-            m2 = m0
-            m3 = m0
-            operands = ()
-            if HAS_MEANS:
-                # on their way while the coefficients are turned, as the next entries are while all else is done
-                means = _load_means(anchor + bg % groups * HEAD_BYTES, entry, t, KEY_DIM)
-                entry = _entries_of(entries, now // 64 + 4, held, g)
-            if HAS_BIAS:
-                step_cos = _pairs_at(steps, t, PAIRS_PADDED)
-                step_sin = _pairs_at(steps + PAIRS_PADDED, t, PAIRS_PADDED)
-                next_cos, next_sin = _turn(cos, sin, step_cos, step_sin, COUNT)
-                # the table holds cos - 1 of all but quickly turning pairs, which keeps their digits
-                m0 = _sum_of(cos, QUICK // 4, COUNT) * bias_scale + constant
-                m1 = m0
-                m2 = _sum_of(next_cos, QUICK // 4, COUNT) * bias_scale + constant
-                m3 = m2
-                operands = _operands(cos, sin, next_cos, next_sin, FAST // 4)
-                if FAST < PAIRS_PADDED:
-                    turn = _pairs_at(steps + (2 * PAIRS_PADDED + FAST), t, PAIRS_PADDED - FAST)
-                    slow = _slow_scores(cos, sin, turn, FAST // 4, COUNT)
-                    next_slow = _slow_scores(next_cos, next_sin, turn, FAST // 4, COUNT)
-                cos, sin = _turn(next_cos, next_sin, step_cos, step_sin, COUNT)
-            if HAS_MEANS:
-                # read again in every round: registers are short
-                queries = _queries(q + at * KEY_DIM, is_row, t, KEY_DIM)
-                by_mean = _mean_products(queries, means, g, KEY_DIM)
-                m0 += row_scale * by_mean[0]
-                m1 += row_scale * by_mean[1]
-                m2 += row_scale * by_mean[2]
-                m3 += row_scale * by_mean[3]
-            for j in tl.range(0, tl.where(shares, SPAN // 8, SPAN // 32), num_stages=1, loop_unroll_factor=4):
-                i = first + j
-                s0 = tl.where(i < SPAN // 16, m0, m1)
-                s2 = tl.where(i < SPAN // 16, m2, m3)
-                s1 = s0
-                s3 = s2
-                if HAS_BIAS:
-                    ASSEMBLY: tl.constexpr = piece(_BIAS, 0, FAST, PAIRS_PADDED)
-                    CONSTRAINTS: tl.constexpr = piece(_BIAS, 1, FAST, PAIRS_PADDED)
-                    b0, b1, b2, b3 = tl.inline_asm_elementwise(
-                        ASSEMBLY,
-                        CONSTRAINTS,
-                        ((spans + i * (16 * PAIRS_PADDED) + thread % 32 * 8).to(tl.int64),) + operands,
-                        dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
-                        is_pure=True,
-                        pack=1,
-                    )
-                    if FAST < PAIRS_PADDED:
-                        x = (8 * i + 2 * t).to(tl.float32) * (1 / SPAN)
-                        y = x + 1 / SPAN
-                        b0 += _polynomial(slow, x)
-                        b1 += _polynomial(slow, y)
-                        b2 += _polynomial(next_slow, x)
-                        b3 += _polynomial(next_slow, y)
-                    s0 += b0 * bias_scale
-                    s1 += b1 * bias_scale
-                    s2 += b2 * bias_scale
-                    s3 += b3 * bias_scale
-                place = now + 8 * i + 2 * t
-                _store_by_position(s0, s1, own, place, in_blocks, is_row)
-                _store_by_position(s2, s3, own, place + SPAN, in_blocks, is_row)
-                if not in_blocks_only:
-                    _store_in_ring(s0, s1, to_ring, place, ring, in_blocks, count, is_row)
-                    _store_in_ring(s2, s3, to_ring, place + SPAN, ring, in_blocks, count, is_row)
-            now += 2 * SPAN
+
+@triton.jit
+def store_bias_of_tail(
+    first_slot,
+    slots,
+    sinks,
+    length,
+    coefficients,
+    frequencies,
+    spans,
+    steps,
+    bias_scale,
+    constant,
+    out,
+    is_row,
+    PAIRS_PADDED: tl.constexpr,
+    QUICK: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """The same of 64 slots of the tail; out points to row g's place of slot 0.
+
+    In the ring, slots up to the newest token's hold one run of positions, those behind it an earlier one.
+    """
+    thread = tl.arange(0, 32 * 4)
+    t = thread % 4
+    COUNT: tl.constexpr = PAIRS_PADDED // 4
+    newest = tl.maximum(length - sinks, 1) - 1
+    turns = newest // (slots - sinks) * (slots - sinks)
+    # sinks, which stand at their own positions, are another run
+    for is_ring in tl.range(tl.where(first_slot < sinks, 0, 1), 2, num_stages=1):
+        now = first_slot + turns * is_ring
+        ends = tl.where(is_ring == 1, sinks + newest - turns, slots)
+        cos = _pairs_at(coefficients, t, PAIRS_PADDED)
+        sin = _pairs_at(coefficients + PAIRS_PADDED, t, PAIRS_PADDED)
+        by_cos, by_sin = _angles(now - (slots - sinks) + 0 * t, frequencies, t, COUNT)
+        next_cos, next_sin = _turn(cos, sin, by_cos, by_sin, COUNT)
+        by_cos, by_sin = _angles(now + 0 * t, frequencies, t, COUNT)
+        cos, sin = _turn(cos, sin, by_cos, by_sin, COUNT)
+        prepared = _prepared(
+            cos, sin, next_cos, next_sin, steps, t, bias_scale, constant, PAIRS_PADDED, QUICK, FAST
+        )
+        for j in tl.range(0, 2, num_stages=1):
+            i = 2 * (thread // 32) + j
+            s0, s1, s2, s3 = _bias_at(i, prepared, spans, thread, bias_scale, PAIRS_PADDED, FAST)
+            slot = first_slot + 8 * i + 2 * t
+            is_there = is_row & (slot < slots) & ((slot >= sinks) | (is_ring == 0))
+            tl.store(out + slot, tl.where(slot <= ends, s0, s2), mask=is_there)
+            is_there = is_row & (slot + 1 < slots) & ((slot + 1 >= sinks) | (is_ring == 0))
+            tl.store(out + slot + 1, tl.where(slot + 1 <= ends, s1, s3), mask=is_there)
+
+
+@triton.jit
+def _store_two(x, y, to, mask):
+    """Two float32 side by side, at an even place."""
+    tl.store(to.to(tl.pointer_type(tl.int64)), eight_bytes(x, y), mask=mask)
