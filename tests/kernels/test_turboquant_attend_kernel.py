@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from covering import pairwise
 from emulated_ptx import emulated
 from packed_tokens import Case, make_layer
 
 from turboquant.errors import OptionError
 from turboquant.key_bias import KeyBias
+from turboquant.ops.attend.terms import bias_in_span, span_of_bias
 from turboquant.ops.attend import attend_packed, bias_terms, kernel
 from turboquant.policy import Precision
 from turboquant.store import StoreOptions
@@ -185,6 +188,38 @@ def test_fragments_on_a_gpu(case: dict[str, Any], processors: int | None, monkey
     check(Case(**({"groups": 2, "dtype": torch.float32} | case | {"lengths": (9000, 0, 3001)})), "cuda")
 
 
+@triton.jit
+def _bias_of_positions(
+    coefficients,
+    frequencies,
+    table,
+    steps,
+    factor,
+    out,
+    rows,
+    positions,
+    PAIRS: tl.constexpr,
+    QUICK: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """out [8, positions]: what the bias adds in each query row; a program for each 128 positions."""
+    thread = tl.arange(0, 128)
+    g = thread % 32 // 4
+    row = tl.minimum(g, rows - 1)
+    scale = tl.load(factor + 4 * row + 1) * 1.4426950408889634
+    constant = tl.load(factor + 4 * row + 2) * 1.4426950408889634
+    position = 128 * tl.program_id(0) + 0 * thread
+    span = span_of_bias(
+        position, coefficients + row * (2 * PAIRS), frequencies, steps, scale, constant, PAIRS, QUICK, FAST
+    )
+    for j in tl.range(0, 4):
+        i = thread // 32 * 4 + j
+        one, other = bias_in_span(i, span, table, scale, PAIRS, FAST)
+        to = position + 8 * i + 2 * (thread % 4)
+        tl.store(out + g * positions + to, one, mask=to < positions)
+        tl.store(out + g * positions + to + 1, other, mask=to + 1 < positions)
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("base", [1e3, 6e4])
 def test_the_bias_of_every_token(
@@ -218,16 +253,32 @@ def test_the_bias_of_every_token(
     q = layer.q[0, :, 0].float()
     expected = key_bias.scores(q[None], positions)[0] * 1.4426950408889634
     size = q.norm(dim=-1, keepdim=True) * key_bias.bias.norm()
-    stored = found[0]["terms"]
-    in_blocks = stored[:, :blocks] - expected[:, case.sinks : case.sinks + blocks]
-    assert (in_blocks.abs() / size).max() < 1e-6
+    call = found[0]
+    # the sinks and the ring of recent tokens, as the programs of the tail store them
     ring = layer.packed.key_tail.shape[2] - case.sinks
-    for places, tokens in (
+    for slots, tokens in (
         (torch.arange(case.sinks), positions[: case.sinks]),
         (case.sinks + torch.arange(blocks, 700 - case.sinks) % ring, positions[case.sinks + blocks :]),
     ):
-        in_tail = stored[:, found[0]["terms_tail"] + places.to(device)] - expected[:, tokens]
+        in_tail = call["terms"][:, slots.to(device)] - expected[:, tokens]
         assert (in_tail.abs() / size).max() < 1e-6
+    # all positions, as the programs of blocks find them in registers
+    rows = len(q)
+    out = torch.empty(8, 700, device=device)
+    _bias_of_positions[(6,)](
+        call["coefficients"],
+        terms.frequencies,
+        terms.spans,
+        terms.steps,
+        call["factor"],
+        out,
+        rows,
+        700,
+        PAIRS=terms.frequencies.numel(),
+        QUICK=terms.quick,
+        FAST=terms.fast,
+    )
+    assert ((out[:rows] - expected).abs() / size).max() < 1e-6
 
 
 @pytest.mark.parametrize("in_fragments", [False, True])

@@ -29,6 +29,7 @@ from turboquant.ops.attend.lanes import (
     words_at,
 )
 from turboquant.ops.attend.parts import capped
+from turboquant.ops.attend.terms import bias_in_span, span_of_bias
 from turboquant.ops.unpack.kernel import DecoderRegisters, decoder, in_vector_register
 
 # Query rows that a program can hold.
@@ -140,9 +141,8 @@ def _load_token(plane, bit_plane, mask, QUARTER: tl.constexpr, PLANES: tl.conste
 
 
 @triton.jit
-def _load_keys(record, thread, mask, AT: tl.constexpr, QUARTER: tl.constexpr, PLANES: tl.constexpr):
-    """A thread's part of a block's keys, two tokens, whose planes begin at AT, and the scales of its four scores."""
-    first = thread // 32 * 16  # token of the warp
+def _load_keys(record, first, thread, mask, AT: tl.constexpr, QUARTER: tl.constexpr, PLANES: tl.constexpr):
+    """A thread's part of the keys of 16 tokens from `first` on, and the scales of its four scores; planes begin at AT."""
     g = thread % 32 // 4
     t = thread % 4
     HALF: tl.constexpr = QUARTER // 2
@@ -170,9 +170,9 @@ def _load_plane(plane, mask, ROW: tl.constexpr, OWN: tl.constexpr):
 
 
 @triton.jit
-def _load_values(record, thread, mask, AT: tl.constexpr, QUARTER: tl.constexpr, PLANES: tl.constexpr):
-    """A thread's part of a block's values, which begin at AT, four tokens, and their scales."""
-    own = thread // 32 * 16 + 2 * (thread % 4)
+def _load_values(record, first, thread, mask, AT: tl.constexpr, QUARTER: tl.constexpr, PLANES: tl.constexpr):
+    """A thread's part of the values of 16 tokens from `first` on, four of them, and their scales; a side begins at AT."""
+    own = first + 2 * (thread % 4)
     g = thread % 32 // 4
     HALF: tl.constexpr = QUARTER // 2
     EIGHTH: tl.constexpr = QUARTER // 8
@@ -186,24 +186,16 @@ def _load_values(record, thread, mask, AT: tl.constexpr, QUARTER: tl.constexpr, 
 
 
 @triton.jit
-def fetch(pointer, thread, is_there, BYTES: tl.constexpr):
-    """Have the L2 read what loads ask for later. pointer: aligned to 16 bytes; thread 0 asks, for a multiple of 16."""
-    size = tl.where(is_there & (thread == 0), BYTES // 16 * 16, 0)
-    tl.inline_asm_elementwise(
-        """{.reg .pred some; setp.ne.s32 some, $2, 0;
-        @some cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, $2;}""",
-        "=r,l,r",
-        [pointer.to(tl.int64), size],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def _load_terms(own, block, mask):
-    """What is added to a thread's four scores of a block, two float32 in each of two words."""
-    return tl.load(own + 32 * block, mask=mask, other=0), tl.load(own + (32 * block + 4), mask=mask, other=0)
+def _share_of_warp(u, first, count, warp, IN_RUNS: tl.constexpr):
+    """Block and first token in it of the u-th 16 tokens that a warp takes of `count` blocks from `first` on."""
+    if IN_RUNS:
+        unit = warp * count + u
+        block = first + (unit >> 2)
+        token = (unit & 3) * 16
+    else:
+        block = first + u
+        token = warp * 16
+    return block, token
 
 
 @triton.jit
@@ -263,7 +255,7 @@ def attend_fragments(
     position,
     softcap,
     means,
-    terms,
+    bias,
     registers,
     out_top,
     out_mass,
@@ -280,18 +272,19 @@ def attend_fragments(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
-    FETCHES: tl.constexpr,
+    PAIRS_PADDED: tl.constexpr,
+    QUICK: tl.constexpr,
+    FAST: tl.constexpr,
 ):
     """The blocks [first, last) of `entries` for `rows` query rows, at most 8; stores top, mass and weighted sums.
 
-    q: of `prepare_rows`, its row `at` the first. row_scale, position, means, terms: [128], of thread (g, t)'s row g;
-    means points to what is added to the scores of block 0, terms to what is added to those of its tokens. out_top,
+    q: of `prepare_rows`, its row `at` the first. row_scale, position, means: [128], of thread (g, t)'s row g; means
+    points to what is added to the scores of block 0. bias: the table and what else `span_of_bias` takes. out_top,
     out_mass, out_acc: of the first row.
     """
     thread = tl.arange(0, 32 * 4)
     g = thread % 32 // 4
     t = thread % 4
-    own = thread // 32 * 16 + 2 * t  # of a block's tokens the one of the first score; the others 1, 8 and 9 further
     is_row = g < rows
     KEY_WORDS: tl.constexpr = KEY_QUARTER // 16
     KEYS: tl.constexpr = KEY_WORDS * KEY_PLANES
@@ -317,105 +310,122 @@ def attend_fragments(
     VALUES_AT: tl.constexpr = KEY_BYTES + (KEY_PLANES - 1) * (32 * KEY_QUARTER)
     HEAD_BYTES: tl.constexpr = VALUES_AT + VALUE_BYTES + (VALUE_PLANES - 1) * (32 * VALUE_QUARTER)
     own_anchor = anchor + head * HEAD_BYTES
-    record = own_anchor + (tl.load(entries + first, mask=first < last, other=0) & -16)
-    is_left = first + 0 * thread < last
-    keys = _load_keys(record, thread, is_left, KEYS_AT, KEY_QUARTER, KEY_PLANES)
-    values = _load_values(record, thread, is_left, VALUES_AT, VALUE_QUARTER, VALUE_PLANES)
-    entry = tl.load(entries + first + 1, mask=first + 1 < last, other=0)
+    warp = thread // 32
+    count = tl.maximum(last - first, 0)
+    block, token = _share_of_warp(0, first, count, warp, HAS_BIAS)
+    is_left = 0 * thread < count
+    record = own_anchor + (tl.load(entries + block, mask=0 * block < count, other=0) & -16)
+    keys = _load_keys(record, token, thread, is_left, KEYS_AT, KEY_QUARTER, KEY_PLANES)
+    values = _load_values(record, token, thread, is_left, VALUES_AT, VALUE_QUARTER, VALUE_PLANES)
+    mean = row_scale
     if HAS_MEANS:
-        mean = tl.load(means + first, mask=is_row & is_left, other=0)
-    if HAS_BIAS:
-        own_terms = (terms + own).to(tl.pointer_type(tl.int64))
-        both_terms = _load_terms(own_terms, first, is_row & is_left)
-    for block in tl.range(first, last, num_stages=1):
-        KEY_ASSEMBLY: tl.constexpr = piece(_SCORES, 0, KEY_PLANES, KEY_QUARTER)
-        KEY_CONSTRAINTS: tl.constexpr = piece(_SCORES, 1, KEY_PLANES, KEY_QUARTER)
-        s0, s1 = tl.inline_asm_elementwise(
-            KEY_ASSEMBLY,
-            KEY_CONSTRAINTS,
-            key_table + queries + keys[:KEYS],
-            dtype=(tl.float32, tl.float32),
-            is_pure=True,
-            pack=1,
-        )
-        s2, s3 = tl.inline_asm_elementwise(
-            KEY_ASSEMBLY,
-            KEY_CONSTRAINTS,
-            key_table + queries + keys[KEYS : 2 * KEYS],
-            dtype=(tl.float32, tl.float32),
-            is_pure=True,
-            pack=1,
-        )
-        k0, k1 = two_halves(keys[2 * KEYS])
-        k2, k3 = two_halves(keys[2 * KEYS + 1])
-        v0, v1 = two_halves(values[VALUES])
-        v2, v3 = two_halves(values[VALUES + 1])
-        # the next block's keys are on their way while these are weighed, its values while its keys are multiplied
-        record = own_anchor + (entry & -16)
-        is_left = block + 1 + 0 * thread < last
-        keys = _load_keys(record, thread, is_left, KEYS_AT, KEY_QUARTER, KEY_PLANES)
-        entry = tl.load(entries + block + 2, mask=block + 2 < last, other=0)
-        s0 *= k0 * row_scale
-        s1 *= k1 * row_scale
-        s2 *= k2 * row_scale
-        s3 *= k3 * row_scale
-        if HAS_MEANS:
-            s0 += mean
-            s1 += mean
-            s2 += mean
-            s3 += mean
-            mean = tl.load(means + block + 1, mask=is_row & is_left, other=0)
+        mean = tl.load(means + block, mask=is_row & is_left, other=0)
+    next_block, _ = _share_of_warp(1, first, count, warp, HAS_BIAS)
+    entry = tl.load(entries + next_block, mask=0 * next_block + 1 < count, other=0)
+    # a warp's tokens are one run where there is a bias, of which 8 times 16 are a span
+    EACH: tl.constexpr = 8 if HAS_BIAS else 1 << 30
+    for start in tl.range(0, count, EACH, num_stages=1):
         if HAS_BIAS:
-            term0, term1 = two_floats(both_terms[0])
-            term2, term3 = two_floats(both_terms[1])
-            s0 += term0
-            s1 += term1
-            s2 += term2
-            s3 += term3
-            both_terms = _load_terms(own_terms, block + 1, is_row & is_left)
-        s0 = capped(s0, softcap, HAS_SOFTCAP)
-        s1 = capped(s1, softcap, HAS_SOFTCAP)
-        s2 = capped(s2, softcap, HAS_SOFTCAP)
-        s3 = capped(s3, softcap, HAS_SOFTCAP)
-        if IS_CAUSAL:
-            left = position - (sinks + 64 * block + own)
-            s0 = tl.where(left >= 0, s0, float("-inf"))
-            s1 = tl.where(left >= 1, s1, float("-inf"))
-            s2 = tl.where(left >= 8, s2, float("-inf"))
-            s3 = tl.where(left >= 9, s3, float("-inf"))
+            span = span_of_bias(
+                sinks + 64 * first + 16 * (warp * count + start),
+                bias[1],
+                bias[2],
+                bias[3],
+                bias[4],
+                bias[5],
+                PAIRS_PADDED,
+                QUICK,
+                FAST,
+            )
+        for u in tl.range(start, tl.minimum(start + EACH, count), num_stages=1):
+            KEY_ASSEMBLY: tl.constexpr = piece(_SCORES, 0, KEY_PLANES, KEY_QUARTER)
+            KEY_CONSTRAINTS: tl.constexpr = piece(_SCORES, 1, KEY_PLANES, KEY_QUARTER)
+            s0, s1 = tl.inline_asm_elementwise(
+                KEY_ASSEMBLY,
+                KEY_CONSTRAINTS,
+                key_table + queries + keys[:KEYS],
+                dtype=(tl.float32, tl.float32),
+                is_pure=True,
+                pack=1,
+            )
+            s2, s3 = tl.inline_asm_elementwise(
+                KEY_ASSEMBLY,
+                KEY_CONSTRAINTS,
+                key_table + queries + keys[KEYS : 2 * KEYS],
+                dtype=(tl.float32, tl.float32),
+                is_pure=True,
+                pack=1,
+            )
+            k0, k1 = two_halves(keys[2 * KEYS])
+            k2, k3 = two_halves(keys[2 * KEYS + 1])
+            v0, v1 = two_halves(values[VALUES])
+            v2, v3 = two_halves(values[VALUES + 1])
+            # the next block's keys are on their way while these are weighed, its values while its keys are multiplied
+            if IS_CAUSAL:
+                left = position - (sinks + 64 * block + token + 2 * t)
+            block, token = _share_of_warp(u + 1, first, count, warp, HAS_BIAS)
+            record = own_anchor + (entry & -16)
+            is_left = 0 * thread + (u + 1) < count
+            keys = _load_keys(record, token, thread, is_left, KEYS_AT, KEY_QUARTER, KEY_PLANES)
+            behind, _ = _share_of_warp(u + 2, first, count, warp, HAS_BIAS)
+            entry = tl.load(entries + behind, mask=0 * behind + (u + 2) < count, other=0)
+            s0 *= k0 * row_scale
+            s1 *= k1 * row_scale
+            s2 *= k2 * row_scale
+            s3 *= k3 * row_scale
+            if HAS_MEANS:
+                s0 += mean
+                s1 += mean
+                s2 += mean
+                s3 += mean
+                mean = tl.load(means + block, mask=is_row & is_left, other=0)
+            if HAS_BIAS:
+                b0, b1 = bias_in_span(2 * (u - start), span, bias[0], bias[4], PAIRS_PADDED, FAST)
+                b2, b3 = bias_in_span(2 * (u - start) + 1, span, bias[0], bias[4], PAIRS_PADDED, FAST)
+                s0 += b0
+                s1 += b1
+                s2 += b2
+                s3 += b3
+            s0 = capped(s0, softcap, HAS_SOFTCAP)
+            s1 = capped(s1, softcap, HAS_SOFTCAP)
+            s2 = capped(s2, softcap, HAS_SOFTCAP)
+            s3 = capped(s3, softcap, HAS_SOFTCAP)
+            if IS_CAUSAL:
+                s0 = tl.where(left >= 0, s0, float("-inf"))
+                s1 = tl.where(left >= 1, s1, float("-inf"))
+                s2 = tl.where(left >= 8, s2, float("-inf"))
+                s3 = tl.where(left >= 9, s3, float("-inf"))
 
-        # a value's scale joins the exponent: weights are at most 1 and keep their digits in float16
-        e0, i0 = _power_of_two(v0)
-        e1, i1 = _power_of_two(v1)
-        e2, i2 = _power_of_two(v2)
-        e3, i3 = _power_of_two(v3)
-        s0 += e0
-        s1 += e1
-        s2 += e2
-        s3 += e3
-        new_top = tl.maximum(top, most_of_row(tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3))))
-        shrink = tl.exp2(top - new_top)
-        w0 = tl.exp2(s0 - new_top)
-        w1 = tl.exp2(s1 - new_top)
-        w2 = tl.exp2(s2 - new_top)
-        w3 = tl.exp2(s3 - new_top)
-        mass = mass * shrink + (w0 * i0 + w1 * i1) + (w2 * i2 + w3 * i3)
-        even, odd = of_rows(shrink, t)
-        weights = (packed(w0 * (v0 * i0), w1 * (v1 * i1)), packed(w2 * (v2 * i2), w3 * (v3 * i3)))
-        VALUE_ASSEMBLY: tl.constexpr = piece(_VALUES, 0, VALUE_PLANES, VALUE_QUARTER)
-        VALUE_CONSTRAINTS: tl.constexpr = piece(_VALUES, 1, VALUE_PLANES, VALUE_QUARTER)
-        sums = tl.inline_asm_elementwise(
-            VALUE_ASSEMBLY,
-            VALUE_CONSTRAINTS,
-            value_table + weights + ((new_top > top).to(tl.int32), even, odd) + values[:VALUES] + sums,
-            dtype=(tl.float32,) * SUMS,
-            is_pure=True,
-            pack=1,
-        )
-        values = _load_values(record, thread, is_left, VALUES_AT, VALUE_QUARTER, VALUE_PLANES)
-        if FETCHES:
-            fetch(own_anchor + (entry & -16), thread, block + 2 < last, HEAD_BYTES)
-        top = new_top
+            # a value's scale joins the exponent: weights are at most 1 and keep their digits in float16
+            e0, i0 = _power_of_two(v0)
+            e1, i1 = _power_of_two(v1)
+            e2, i2 = _power_of_two(v2)
+            e3, i3 = _power_of_two(v3)
+            s0 += e0
+            s1 += e1
+            s2 += e2
+            s3 += e3
+            new_top = tl.maximum(top, most_of_row(tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3))))
+            shrink = tl.exp2(top - new_top)
+            w0 = tl.exp2(s0 - new_top)
+            w1 = tl.exp2(s1 - new_top)
+            w2 = tl.exp2(s2 - new_top)
+            w3 = tl.exp2(s3 - new_top)
+            mass = mass * shrink + (w0 * i0 + w1 * i1) + (w2 * i2 + w3 * i3)
+            even, odd = of_rows(shrink, t)
+            weights = (packed(w0 * (v0 * i0), w1 * (v1 * i1)), packed(w2 * (v2 * i2), w3 * (v3 * i3)))
+            VALUE_ASSEMBLY: tl.constexpr = piece(_VALUES, 0, VALUE_PLANES, VALUE_QUARTER)
+            VALUE_CONSTRAINTS: tl.constexpr = piece(_VALUES, 1, VALUE_PLANES, VALUE_QUARTER)
+            sums = tl.inline_asm_elementwise(
+                VALUE_ASSEMBLY,
+                VALUE_CONSTRAINTS,
+                value_table + weights + ((new_top > top).to(tl.int32), even, odd) + values[:VALUES] + sums,
+                dtype=(tl.float32,) * SUMS,
+                is_pure=True,
+                pack=1,
+            )
+            values = _load_values(record, token, thread, is_left, VALUES_AT, VALUE_QUARTER, VALUE_PLANES)
+            top = new_top
 
     # the four warps, and what each thread of a row has of its mass
     tops = tl.reshape(top, (4, ROWS_HELD, 4))

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from turboquant.layout import BLOCK_TOKENS, PackedTokens
 from turboquant.ops.attend.bias import SPAN_TOKENS, BiasTerms
-from turboquant.ops.attend.fragments import QUARTERS, attend_fragments, fetch
+from turboquant.ops.attend.fragments import QUARTERS, attend_fragments
 from turboquant.ops.attend.fragments import ROWS as FRAGMENT_ROWS
 from turboquant.ops.attend.fragments import WARPS as FRAGMENT_WARPS
 from turboquant.ops.attend.parts import (
@@ -44,7 +44,7 @@ from turboquant.ops.attend.parts import (
     turned_back,
 )
 from turboquant.ops.attend.rows import merge_rows, prepare_rows
-from turboquant.ops.attend.terms import PAIRS, store_bias, store_bias_of_tail, store_means
+from turboquant.ops.attend.terms import PAIRS, store_bias_of_tail, store_means
 from turboquant.ops.devices import capability, is_interpreted, multiprocessors
 from turboquant.ops.unpack.kernel import decode_fields, load_codes, tables
 
@@ -91,7 +91,6 @@ RUNS_ASSEMBLY = not is_interpreted()
 OVERLAPS = not is_interpreted()
 OVERLAPS_MERGE = True
 _OVERLAPS_FROM = 90
-FETCHES = not is_interpreted()
 
 # Coordinates of a row that one program rotates, or turns back.
 _CHUNK = 32
@@ -428,7 +427,6 @@ def _store_parts(out_top, out_mass, out_acc, to, is_row, found, VALUE_DIM: tl.co
         "slots",
         "splits",
         "terms_stride",
-        "terms_tail",
         "terms_means",
     ]
 )
@@ -464,7 +462,6 @@ def _attend_split(
     skip_below,
     terms,
     terms_stride,
-    terms_tail,
     terms_means,
     KEY_DIM: tl.constexpr,
     KEY_QUARTER: tl.constexpr,
@@ -491,7 +488,6 @@ def _attend_split(
     ON_GPU: tl.constexpr,
     STAGES: tl.constexpr,
     IN_FRAGMENTS: tl.constexpr,
-    FETCHES: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """A share of the tokens of one row of the batch, one KV head, ROWS query rows: top score, mass, weighted sum.
@@ -528,10 +524,6 @@ def _attend_split(
         own_q = q + own * (4 * KEY_QUARTER_PADDED)
         own_coefficients = coefficients + own * (2 * PAIRS_PADDED)
         own_terms = terms + own * terms_stride
-        if FETCHES and split < splits:
-            for block in tl.static_range(0, 2):
-                entry = tl.load(entries + first + block, mask=first + block < last, other=0)
-                fetch(anchor + bg % groups * HEAD_BYTES + (entry & -16), thread, first + block < last, HEAD_BYTES)
     join_launches(OVERLAPS)
     if IN_FRAGMENTS:
         own_scale, own_bias_scale, own_constant = row_factors(
@@ -557,24 +549,6 @@ def _attend_split(
                     own_terms + terms_means,
                     KEY_DIM,
                 )
-            if HAS_BIAS:
-                store_bias(
-                    first,
-                    last,
-                    sinks,
-                    own_coefficients,
-                    frequencies,
-                    bias_table,
-                    bias_steps,
-                    own_bias_scale,
-                    own_constant,
-                    own_terms,
-                    is_own,
-                    PAIRS_PADDED,
-                    QUICK,
-                    FAST,
-                )
-            if HAS_MEANS or HAS_BIAS:
                 tl.debug_barrier()  # other threads read what these have stored
             attend_fragments(
                 anchor,
@@ -590,7 +564,7 @@ def _attend_split(
                 tl.maximum(length - tokens + g % tokens, 0),
                 softcap,
                 own_terms + terms_means,
-                own_terms,
+                (bias_table, own_coefficients, frequencies, bias_steps, own_bias_scale, own_constant),
                 registers,
                 out_top + to,
                 out_mass + to,
@@ -607,7 +581,9 @@ def _attend_split(
                 HAS_BIAS,
                 HAS_SOFTCAP,
                 IS_CAUSAL,
-                FETCHES,
+                PAIRS_PADDED,
+                QUICK,
+                FAST,
             )
         else:
             found = _attend_blocks(
@@ -673,7 +649,7 @@ def _attend_split(
                 bias_steps,
                 own_bias_scale,
                 own_constant,
-                own_terms + terms_tail,
+                own_terms,
                 is_own,
                 PAIRS_PADDED,
                 QUICK,
@@ -700,7 +676,7 @@ def _attend_split(
             frequencies,
             position,
             softcap,
-            terms + at * terms_stride + terms_tail,
+            terms + at * terms_stride,
             KEY_DIM,
             KEY_QUARTER,
             KEY_QUARTER_PADDED,
@@ -826,10 +802,9 @@ def attend_packed(
     }
     frequencies, spans, steps = (bias.frequencies, bias.spans, bias.steps) if bias else (packed.table, factor, factor)
     bias_scaling = bias.scaling if bias is not None else 1.0
-    # of a query row: what is added to the scores of blocks' tokens, of the tail's slots, and of whole blocks
-    terms_tail = 64 * most_blocks if bias is not None else 0
-    terms_means = terms_tail + (64 * tails if bias is not None else 0)
-    terms_stride = terms_means + (most_blocks + most_blocks % 2 if layout.key.mean_bytes else 0)
+    # of a query row: what is added to the scores of the tail's slots, and of whole blocks
+    terms_means = 64 * tails if bias is not None else 0
+    terms_stride = terms_means + (most_blocks if layout.key.mean_bytes else 0)
     terms = factor
     if in_fragments and terms_stride:
         terms = torch.empty(batch * groups * rows, terms_stride, dtype=torch.float32, device=device)
@@ -874,7 +849,6 @@ def attend_packed(
         skip_below,
         terms,
         terms_stride,
-        terms_tail,
         terms_means,
         VALUE_DIM=value_dim,
         VALUE_QUARTER_PADDED=value_quarter,
@@ -887,7 +861,6 @@ def attend_packed(
         **sides,
         STAGES=launch.stages,
         IN_FRAGMENTS=in_fragments,
-        FETCHES=FETCHES and capability(device) >= _OVERLAPS_FROM,
         num_warps=FRAGMENT_WARPS if in_fragments else launch.warps,
         num_stages=launch.stages,
         **overlapping,

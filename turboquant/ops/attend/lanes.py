@@ -102,12 +102,6 @@ def of_rows(x, t):
 
 
 @triton.jit
-def of_first_two(x, g):
-    """What threads (g, 0) and (g, 1) have."""
-    return _from_lane(x, 4 * g), _from_lane(x, 4 * g + 1)
-
-
-@triton.jit
 def high_and_low(x, y):
     """Two float32 as two float16 in one word, and what that leaves out, in another."""
     return tl.inline_asm_elementwise(
@@ -129,9 +123,3 @@ def two_floats(words):
     return tl.inline_asm_elementwise(
         "mov.b64 {$0, $1}, $2;", "=f,=f,l", [words], dtype=(tl.float32, tl.float32), is_pure=True, pack=1
     )
-
-
-@triton.jit
-def eight_bytes(x, y):
-    """Two float32 as 8 bytes."""
-    return tl.inline_asm_elementwise("mov.b64 $0, {$1, $2};", "=l,f,f", [x, y], dtype=tl.int64, is_pure=True, pack=1)
