@@ -207,17 +207,17 @@ def _bias_of_positions(
     g = thread % 32 // 4
     row = tl.minimum(g, rows - 1)
     scale = tl.load(factor + 4 * row + 1) * 1.4426950408889634
-    constant = tl.load(factor + 4 * row + 2) * 1.4426950408889634
+    constant = tl.load(factor + 4 * row + 2) * 1.4426950408889634 / scale
     position = 128 * tl.program_id(0) + 0 * thread
     span = span_of_bias(
-        position, coefficients + row * (2 * PAIRS), frequencies, steps, scale, constant, PAIRS, QUICK, FAST
+        position, coefficients + row * (2 * PAIRS), frequencies, steps, constant, PAIRS, QUICK, FAST
     )
     for j in tl.range(0, 4):
         i = thread // 32 * 4 + j
-        one, other = bias_in_span(i, span, table, scale, PAIRS, FAST)
+        one, other = bias_in_span(i, span, table, PAIRS, FAST)
         to = position + 8 * i + 2 * (thread % 4)
-        tl.store(out + g * positions + to, one, mask=to < positions)
-        tl.store(out + g * positions + to + 1, other, mask=to + 1 < positions)
+        tl.store(out + g * positions + to, one * scale, mask=to < positions)
+        tl.store(out + g * positions + to + 1, other * scale, mask=to + 1 < positions)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

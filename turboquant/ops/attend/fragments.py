@@ -29,7 +29,7 @@ from turboquant.ops.attend.lanes import (
     words_at,
 )
 from turboquant.ops.attend.parts import capped
-from turboquant.ops.attend.terms import bias_in_span, span_of_bias
+from turboquant.ops.attend.terms import bias_in_span, span_of_bias, zero_again
 from turboquant.ops.unpack.kernel import DecoderRegisters, decoder, in_vector_register
 
 # Query rows that a program can hold.
@@ -128,6 +128,21 @@ def _values(planes: int, quarter: int) -> tuple[str, str]:
 # By planes and bytes of plane 0.
 _SCORES = tl.constexpr({(p, quarter): _scores(p, quarter) for p in (1, 2, 3) for quarter in QUARTERS})
 _VALUES = tl.constexpr({(p, quarter): _values(p, quarter) for p in (1, 2, 3) for quarter in QUARTERS})
+
+
+@triton.jit
+def _load_queries(q, t, is_row, QUARTER: tl.constexpr):
+    """A thread's quarter of each quarter of a query row, as `_scores` takes them."""
+    OWN: tl.constexpr = QUARTER // 2  # bytes of a quarter's quarter
+    own = q.to(tl.pointer_type(tl.int8)) + t * OWN
+    parts = ()
+    for f in tl.static_range(0, 4):
+        parts = parts + (words_at(own + 2 * f * QUARTER, is_row, OWN),)
+    words = ()
+    for w in tl.static_range(0, QUARTER // 16):
+        for f in tl.static_range(0, 4):
+            words = words + (parts[f][2 * w], parts[f][2 * w + 1])
+    return words
 
 
 @triton.jit
@@ -249,7 +264,6 @@ def attend_fragments(
     head,
     sinks,
     q,
-    at,
     rows,
     row_scale,
     position,
@@ -278,8 +292,8 @@ def attend_fragments(
 ):
     """The blocks [first, last) of `entries` for `rows` query rows, at most 8; stores top, mass and weighted sums.
 
-    q: of `prepare_rows`, its row `at` the first. row_scale, position, means: [128], of thread (g, t)'s row g; means
-    points to what is added to the scores of block 0. bias: the table and what else `span_of_bias` takes. out_top,
+    q, row_scale, position, means: [128], of thread (g, t)'s row g; q points to what `prepare_rows` left in float16,
+    means to what is added to the scores of block 0. bias: the table and what else `span_of_bias` takes. out_top,
     out_mass, out_acc: of the first row.
     """
     thread = tl.arange(0, 32 * 4)
@@ -291,14 +305,7 @@ def attend_fragments(
     VALUES: tl.constexpr = 4 * VALUE_PLANES * (2 if VALUE_QUARTER == 64 else 1)
     SUMS: tl.constexpr = VALUE_QUARTER
 
-    own_q = (q + (at + g) * (4 * KEY_QUARTER) + t * (KEY_QUARTER // 4)).to(tl.pointer_type(tl.int64))
-    queries = ()
-    for w in tl.static_range(0, KEY_WORDS):
-        for f in tl.static_range(0, 4):
-            both = own_q + (f * KEY_QUARTER + 4 * w) // 2
-            x = two_floats(tl.load(both, mask=is_row, other=0))
-            y = two_floats(tl.load(both + 1, mask=is_row, other=0))
-            queries = queries + (packed(x[0], x[1]), packed(y[0], y[1]))
+    queries = _load_queries(q, t, is_row, KEY_QUARTER)
     key_table = _table(registers, KEY_PLANES) + (t // 2 * 3 + 1,)
     value_table = _table(registers, VALUE_PLANES) + (g // 4 * 3 + 1,)
     top = tl.full((32 * 4,), -1e30, tl.float32)
@@ -331,13 +338,15 @@ def attend_fragments(
                 bias[1],
                 bias[2],
                 bias[3],
-                bias[4],
                 bias[5],
                 PAIRS_PADDED,
                 QUICK,
                 FAST,
             )
         for u in tl.range(start, tl.minimum(start + EACH, count), num_stages=1):
+            if HAS_BIAS:
+                # read again for every 16 tokens: registers are short
+                queries = _load_queries(q, t + zero_again(u + 0 * t), is_row, KEY_QUARTER)
             KEY_ASSEMBLY: tl.constexpr = piece(_SCORES, 0, KEY_PLANES, KEY_QUARTER)
             KEY_CONSTRAINTS: tl.constexpr = piece(_SCORES, 1, KEY_PLANES, KEY_QUARTER)
             s0, s1 = tl.inline_asm_elementwise(
@@ -380,12 +389,12 @@ def attend_fragments(
                 s3 += mean
                 mean = tl.load(means + block, mask=is_row & is_left, other=0)
             if HAS_BIAS:
-                b0, b1 = bias_in_span(2 * (u - start), span, bias[0], bias[4], PAIRS_PADDED, FAST)
-                b2, b3 = bias_in_span(2 * (u - start) + 1, span, bias[0], bias[4], PAIRS_PADDED, FAST)
-                s0 += b0
-                s1 += b1
-                s2 += b2
-                s3 += b3
+                b0, b1 = bias_in_span(2 * (u - start), span, bias[0], PAIRS_PADDED, FAST)
+                b2, b3 = bias_in_span(2 * (u - start) + 1, span, bias[0], PAIRS_PADDED, FAST)
+                s0 += b0 * bias[4]
+                s1 += b1 * bias[4]
+                s2 += b2 * bias[4]
+                s3 += b3 * bias[4]
             s0 = capped(s0, softcap, HAS_SOFTCAP)
             s1 = capped(s1, softcap, HAS_SOFTCAP)
             s2 = capped(s2, softcap, HAS_SOFTCAP)

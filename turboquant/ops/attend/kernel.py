@@ -36,7 +36,7 @@ from turboquant.ops.attend.parts import (
     no_scores,
     place,
     plain_quarters,
-    rotated_quarter,
+    rotated_quarters,
     row_factors,
     table_of_block,
     token_of,
@@ -439,6 +439,7 @@ def _attend_split(
     key_tail,
     value_tail,
     q,
+    halves,
     factor,
     coefficients,
     frequencies,
@@ -529,10 +530,8 @@ def _attend_split(
         own_scale, own_bias_scale, own_constant = row_factors(
             factor, own, is_own, scale, bias_scaling, HAS_BIAS, HAS_SOFTCAP
         )
-    q0 = rotated_quarter(q, at, is_row, KEY_QUARTER_PADDED, 0)
-    q1 = rotated_quarter(q, at, is_row, KEY_QUARTER_PADDED, 1)
-    q2 = rotated_quarter(q, at, is_row, KEY_QUARTER_PADDED, 2)
-    q3 = rotated_quarter(q, at, is_row, KEY_QUARTER_PADDED, 3)
+        # both are multiplied together
+        own_constant /= tl.where(own_bias_scale != 0, own_bias_scale, 1.0)
     row_scale, bias_scale, constant = row_factors(factor, at, is_row, scale, bias_scaling, HAS_BIAS, HAS_SOFTCAP)
 
     if split < splits:
@@ -557,8 +556,7 @@ def _attend_split(
                 last,
                 bg % groups,
                 sinks,
-                q,
-                bg.to(tl.int64) * rows,
+                halves + own * (4 * KEY_QUARTER_PADDED),
                 rows,
                 own_scale,
                 tl.maximum(length - tokens + g % tokens, 0),
@@ -586,6 +584,7 @@ def _attend_split(
                 FAST,
             )
         else:
+            q0, q1, q2, q3 = rotated_quarters(q, at, is_row, KEY_QUARTER_PADDED)
             found = _attend_blocks(
                 anchor,
                 entries,
@@ -656,6 +655,7 @@ def _attend_split(
                 FAST,
             )
             tl.debug_barrier()  # other threads read what these have stored
+        q0, q1, q2, q3 = rotated_quarters(q, at, is_row, KEY_QUARTER_PADDED)
         found = _attend_tail(
             key_tail + bg.to(tl.int64) * slots * KEY_DIM,
             value_tail + bg.to(tl.int64) * slots * VALUE_DIM,
@@ -747,6 +747,7 @@ def attend_packed(
     value_quarter = _padded_quarter(value_dim)
     # [rows, width] float32: enough for every launch, smaller than one layer's queries times four
     rotated = torch.empty(batch * groups * rows, 4 * key_quarter, dtype=torch.float32, device=device)
+    halves = torch.empty_like(rotated, dtype=torch.float16)
     factor = torch.empty(batch * groups * rows, 4, dtype=torch.float32, device=device)
     pairs_padded = bias.frequencies.shape[0] if bias is not None else 16
     in_fragments = _fits_fragments(packed, rows, pairs_padded, is_mixed=is_mixed, skips=skip_below > 0)
@@ -766,6 +767,7 @@ def attend_packed(
         key_matrix,
         bias.bias if bias is not None else factor,
         rotated,
+        halves,
         factor,
         coefficients,
         groups,
@@ -826,6 +828,7 @@ def attend_packed(
         packed.key_tail,
         packed.value_tail,
         rotated,
+        halves,
         factor,
         coefficients,
         frequencies,

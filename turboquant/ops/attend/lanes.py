@@ -31,7 +31,7 @@ def piece(table, part, *key):
 
 @triton.jit
 def words_at(pointer, mask, BYTES: tl.constexpr):
-    """2, 4, 8 or 16 bytes as a tuple of int32."""
+    """2 to 32 bytes, a power of two, as a tuple of int32."""
     if BYTES == 2:
         words = (tl.load(pointer.to(tl.pointer_type(tl.uint16)), mask=mask).to(tl.int32),)
     elif BYTES == 4:
@@ -40,7 +40,7 @@ def words_at(pointer, mask, BYTES: tl.constexpr):
         both = tl.load(pointer.to(tl.pointer_type(tl.int64)), mask=mask)
         words = (both.to(tl.int32), (both >> 32).to(tl.int32))
     else:
-        words = words_at(pointer, mask, 8) + words_at(pointer + 8, mask, 8)
+        words = words_at(pointer, mask, BYTES // 2) + words_at(pointer + BYTES // 2, mask, BYTES // 2)
     return words
 
 
@@ -86,13 +86,6 @@ def most_of_row(x):
     """The largest of the four threads of a row."""
     x = tl.maximum(x, _from_neighbour(x, 1))
     return tl.maximum(x, _from_neighbour(x, 2))
-
-
-@triton.jit
-def sum_of_row(x):
-    """The sum of the four threads of a row."""
-    x += _from_neighbour(x, 1)
-    return x + _from_neighbour(x, 2)
 
 
 @triton.jit

@@ -68,10 +68,21 @@ def capped(s, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def rotated_quarter(q, at, is_row, QUARTER_PADDED: tl.constexpr, f: tl.constexpr):
+def _rotated_quarter(q, at, is_row, QUARTER_PADDED: tl.constexpr, f: tl.constexpr):
     """Quarter f of the rotated queries [R, QUARTER_PADDED] float32."""
     j = f * QUARTER_PADDED + tl.arange(0, QUARTER_PADDED)
     return tl.load(q + at[:, None] * (4 * QUARTER_PADDED) + j[None, :], mask=is_row[:, None], other=0)
+
+
+@triton.jit
+def rotated_quarters(q, at, is_row, QUARTER_PADDED: tl.constexpr):
+    """The rotated queries of rows `at` as four tensors [R, QUARTER_PADDED] float32."""
+    return (
+        _rotated_quarter(q, at, is_row, QUARTER_PADDED, 0),
+        _rotated_quarter(q, at, is_row, QUARTER_PADDED, 1),
+        _rotated_quarter(q, at, is_row, QUARTER_PADDED, 2),
+        _rotated_quarter(q, at, is_row, QUARTER_PADDED, 3),
+    )
 
 
 @triton.jit
@@ -199,7 +210,7 @@ def table_of_block(spans, PAIRS_PADDED: tl.constexpr):
     """cos - 1 and sin of each pair at positions 0 to 63 [64, 2 P]: of the first part of BiasTerms.spans."""
     n = tl.arange(0, 64)[:, None]
     two = tl.arange(0, 2 * PAIRS_PADDED)[None, :]
-    return tl.load(spans + ((n // 8 * (PAIRS_PADDED // 16) + two // 32) * 32 + n % 8 * 4 + two % 32 // 8) * 8 + two % 8)
+    return tl.load(spans + ((n // 8 * (PAIRS_PADDED // 16 + 1) + two // 32) * 32 + n % 8 * 4 + two % 32 // 8) * 8 + two % 8)
 
 
 @triton.jit

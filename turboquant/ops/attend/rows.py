@@ -54,6 +54,7 @@ def prepare_rows(
     matrix,
     bias,
     out_q,
+    out_half,
     out_factor,
     out_coefficients,
     groups,
@@ -69,7 +70,7 @@ def prepare_rows(
     CHUNK: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """One query row: CHUNK coordinates of it rotated to length 1, each quarter padded.
+    """One query row: CHUNK coordinates of it rotated to length 1, each quarter padded, as float32 and as float16.
 
     The first chunk's program also stores its length and its share of the key bias.
     """
@@ -93,7 +94,9 @@ def prepare_rows(
     length = tl.sqrt(tl.sum(x * x, 0))
     inverse = tl.where(length > 0, 1 / length, 0.0)
     inverse = tl.where(length != length, length, inverse)  # NaN stays
-    tl.store(out_q + at * (4 * QUARTER_PADDED) + p, tl.sum(part * x[None, :], 1) * inverse)
+    rotated = tl.sum(part * x[None, :], 1) * inverse
+    tl.store(out_q + at * (4 * QUARTER_PADDED) + p, rotated)
+    tl.store(out_half + at * (4 * QUARTER_PADDED) + p, rotated.to(tl.float16))
     if start == 0:
         _share_of_bias(
             source,

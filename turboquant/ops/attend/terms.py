@@ -17,7 +17,6 @@ from turboquant.ops.attend.lanes import (
     multiply,
     names,
     piece,
-    sum_of_row,
     two_floats,
 )
 from turboquant.ops.attend.parts import turned_back
@@ -27,29 +26,29 @@ PAIRS = (16, 32, 64)  # padded, that are served: operands of more would not fit 
 
 
 def _bias_scores(fast: int, pairs: int) -> tuple[str, str]:
-    """Key bias, of the first `fast` of a table's pairs, of 8 tokens: assembly and its constraints.
+    """Key bias of 8 tokens: the first `fast` of a table's pairs, and the polynomial. Assembly and its constraints.
 
     Outputs: of tokens 2 t and 2 t + 1 in row g. Inputs: address of what this thread reads of the table for these
     tokens; for each product the four words of its first operand, high and low part of one pair, then of the other.
     """
-    products = fast // 8
-    a = names(3, 4 * products)
-    low_at = SPAN_TOKENS * 2 * pairs * 2  # bytes behind the high parts
+    columns = [*range(fast // 16), pairs // 16]  # two products each
+    a = names(3, 8 * len(columns))
+    low_at = SPAN_TOKENS * 2 * (pairs + 16) * 2  # bytes behind the high parts
     # two sums, for a product waits for the one before
     sums = [[f"c{4 * j + i}" for i in range(4)] for j in range(2)]
     lines = [".reg .b32 b<8>;", ".reg .f32 c<8>;", *(f"mov.f32 c{i}, 0f00000000;" for i in range(8))]
-    for j in range(products // 2):
+    for j, column in enumerate(columns):
         for part in range(2):
             to = ", ".join(f"b{4 * part + i}" for i in range(4))
-            lines.append(f"ld.global.nc.v4.b32 {{{to}}}, [$2 + {512 * j + low_at * part}];")
-        for k in (2 * j, 2 * j + 1):
+            lines.append(f"ld.global.nc.v4.b32 {{{to}}}, [$2 + {512 * column + low_at * part}];")
+        for k in range(2):
             for part in range(2):
-                own = tuple(f"b{4 * part + 2 * (k % 2) + i}" for i in range(2))
-                lines.append(multiply(sums[part], a[4 * k : 4 * k + 4], own))
+                own = (f"b{4 * part + 2 * k}", f"b{4 * part + 2 * k + 1}")
+                lines.append(multiply(sums[part], a[8 * j + 4 * k : 8 * j + 4 * k + 4], own))
     for i in range(2):
         lines += [f"add.f32 c{i + 2}, c{i + 2}, c{i + 4};", f"add.f32 c{i}, c{i}, c{i + 6};"]
         lines.append(f"add.f32 ${i}, c{i}, c{i + 2};")
-    return "{\n" + "\n".join(lines) + "\n}", ",".join(["=f"] * 2 + ["l"] + ["r"] * (4 * products))
+    return "{\n" + "\n".join(lines) + "\n}", ",".join(["=f"] * 2 + ["l"] + ["r"] * len(a))
 
 
 def _mean_scores(dim: int) -> tuple[str, str]:
@@ -80,15 +79,9 @@ _MEANS = tl.constexpr({(dim,): _mean_scores(dim) for dim in (64, 128, 256)})
 
 
 @triton.jit
-def _pairs_at(base, t, PAIRS_PADDED: tl.constexpr):
-    """A thread's pairs of numbers: 4 of every 16, [.., P] float32 as a tuple."""
-    own = (base + 4 * t).to(tl.pointer_type(tl.int64))
-    found = ()
-    for j in tl.static_range(0, PAIRS_PADDED // 16):
-        a, b = two_floats(tl.load(own + 8 * j))
-        c, d = two_floats(tl.load(own + 8 * j + 1))
-        found = found + (a, b, c, d)
-    return found
+def zero_again(x):
+    """0, of which the compiler does not know that it is the same in every round of a loop."""
+    return tl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -106,77 +99,10 @@ def _turned_quickly(position, frequency):
 
 
 @triton.jit
-def _turned_pairs(position, coefficients, frequencies, t, PAIRS_PADDED: tl.constexpr):
-    """A thread's coefficients of cos and sin of angles that begin at a position."""
-    cos = _pairs_at(coefficients, t, PAIRS_PADDED)
-    sin = _pairs_at(coefficients + PAIRS_PADDED, t, PAIRS_PADDED)
-    turned_cos = ()
-    turned_sin = ()
-    for k in tl.static_range(0, PAIRS_PADDED // 4):
-        by_cos, by_sin = _turned_quickly(position, tl.load(frequencies + 4 * t + (k // 4 * 16 + k % 4)))
-        one_cos, one_sin = turned_back(cos[k], sin[k], by_cos, by_sin)
-        turned_cos = turned_cos + (one_cos,)
-        turned_sin = turned_sin + (one_sin,)
-    return turned_cos, turned_sin
-
-
-@triton.jit
-def _operands(cos, sin, COUNT: tl.constexpr):
-    """First operands of the products of `_bias_scores`."""
-    words = ()
-    for k in tl.static_range(0, COUNT):
-        words = words + high_and_low(cos[k], sin[k])
-    return words
-
-
-@triton.jit
-def _slow_scores(cos, sin, turn, START: tl.constexpr, COUNT: tl.constexpr):
-    """Factors of x to x^6, x the part of a span behind a token, in what a thread's pairs from START add to its score.
-
-    turn: their angle over a span; cos * (cos(turn x) - 1) + sin * sin(turn x), both by their series.
-    """
-    x1 = 0.0 * cos[START]
-    x2 = x1
-    x3 = x1
-    x4 = x1
-    x5 = x1
-    x6 = x1
-    for k in tl.static_range(START, COUNT):
-        square = turn[k - START] * turn[k - START]
-        odd = sin[k] * turn[k - START]
-        even = cos[k] * square
-        x1 += odd
-        x2 += even
-        odd *= square
-        even *= square
-        x3 += odd
-        x4 += even
-        x5 += odd * square
-        x6 += even * square
-    return (
-        sum_of_row(x1),
-        sum_of_row(x2) * (-1 / 2),
-        sum_of_row(x3) * (-1 / 6),
-        sum_of_row(x4) * (1 / 24),
-        sum_of_row(x5) * (1 / 120),
-        sum_of_row(x6) * (-1 / 720),
-    )
-
-
-@triton.jit
-def _polynomial(factors, x):
-    value = factors[5] * x
-    for k in tl.static_range(0, 5):
-        value = (value + factors[4 - k]) * x
-    return value
-
-
-@triton.jit
-def _sum_of(parts, START: tl.constexpr, COUNT: tl.constexpr):
-    total = parts[START]
-    for i in tl.static_range(START + 1, COUNT):
-        total += parts[i]
-    return sum_of_row(total)
+def _four_at(pointer):
+    """Four float32 of a thread."""
+    words = pointer.to(tl.pointer_type(tl.int64))
+    return two_floats(tl.load(words)) + two_floats(tl.load(words + 1))
 
 
 @triton.jit
@@ -240,7 +166,6 @@ def span_of_bias(
     coefficients,
     frequencies,
     steps,
-    bias_scale,
     constant,
     PAIRS_PADDED: tl.constexpr,
     QUICK: tl.constexpr,
@@ -248,40 +173,72 @@ def span_of_bias(
 ):
     """What `bias_in_span` wants of the 128 positions from `position` on.
 
-    coefficients, bias_scale, constant: [128], of thread (g, t)'s row g, see `prepare_rows` and `row_factors`.
+    coefficients: [128], of thread (g, t)'s row g, see `prepare_rows`; constant: what its row adds at any position.
     """
-    t = tl.arange(0, 32 * 4) % 4
-    COUNT: tl.constexpr = PAIRS_PADDED // 4
-    cos, sin = _turned_pairs(position, coefficients, frequencies, t, PAIRS_PADDED)
-    # the table holds cos - 1 of all but quickly turning pairs, which keeps their digits
-    still = _sum_of(cos, QUICK // 4, COUNT) * bias_scale + constant
-    operands = _operands(cos, sin, FAST // 4)
-    slow = ()
-    if FAST < PAIRS_PADDED:
-        turn = _pairs_at(steps + (2 * PAIRS_PADDED + FAST), t, PAIRS_PADDED - FAST)
-        slow = _slow_scores(cos, sin, turn, FAST // 4, COUNT)
-    return still, operands, slow
+    # what is loaded here would else be kept in registers throughout a loop over spans
+    t = tl.arange(0, 32 * 4) % 4 + zero_again(position)
+    operands = ()
+    # factors of x^0 to x^6, x the part of a span behind a token: a slow pair adds
+    # cos * (cos(turn x) - 1) + sin * sin(turn x), both by their series
+    x0 = tl.where(t == 0, constant, 0.0)
+    x1 = 0.0 * x0
+    x2 = x1
+    x3 = x1
+    x4 = x1
+    x5 = x1
+    x6 = x1
+    # 4 pairs at a time, for registers are short
+    for j in tl.static_range(0, PAIRS_PADDED // 16):
+        along_cos = _four_at(coefficients + 4 * t + 16 * j)
+        along_sin = _four_at(coefficients + 4 * t + (16 * j + PAIRS_PADDED))
+        if 16 * j >= FAST:
+            turns = _four_at(steps + 4 * t + 16 * j)
+        for k in tl.static_range(0, 4):
+            by_cos, by_sin = _turned_quickly(position, tl.load(frequencies + 4 * t + (16 * j + k)))
+            cos, sin = turned_back(along_cos[k], along_sin[k], by_cos, by_sin)
+            if 16 * j >= QUICK:
+                x0 += cos  # the table holds cos - 1 of all but quickly turning pairs, which keeps their digits
+            if 16 * j < FAST:
+                operands = operands + high_and_low(cos, sin)
+            else:
+                turn = turns[k]
+                square = turn * turn
+                sin *= turn
+                cos *= square
+                x1 += sin
+                x2 += cos
+                sin *= square
+                cos *= square
+                x3 += sin
+                x4 += cos
+                x5 += sin * square
+                x6 += cos * square
+    return (
+        operands
+        + high_and_low(x0, x1)
+        + high_and_low(x2 * (-1 / 2), x3 * (-1 / 6))
+        + high_and_low(x4 * (1 / 24), x5 * (1 / 120))
+        + high_and_low(x6 * (-1 / 720), 0.0 * x0)
+    )
 
 
 @triton.jit
-def bias_in_span(i, span, table, bias_scale, PAIRS_PADDED: tl.constexpr, FAST: tl.constexpr):
-    """What the bias adds to tokens 8 i + 2 t and the next of a span, in row g. table: BiasTerms.spans."""
+def bias_in_span(i, span, table, PAIRS_PADDED: tl.constexpr, FAST: tl.constexpr):
+    """What the bias adds to tokens 8 i + 2 t and the next of a span, in row g, but for `bias_scale`.
+
+    table: BiasTerms.spans.
+    """
     thread = tl.arange(0, 32 * 4)
     ASSEMBLY: tl.constexpr = piece(_BIAS, 0, FAST, PAIRS_PADDED)
     CONSTRAINTS: tl.constexpr = piece(_BIAS, 1, FAST, PAIRS_PADDED)
-    one, other = tl.inline_asm_elementwise(
+    return tl.inline_asm_elementwise(
         ASSEMBLY,
         CONSTRAINTS,
-        ((table + i * (16 * PAIRS_PADDED) + thread % 32 * 8).to(tl.int64),) + span[1],
+        ((table + i * (16 * PAIRS_PADDED + 256) + thread % 32 * 8).to(tl.int64),) + span,
         dtype=(tl.float32, tl.float32),
         is_pure=True,
         pack=1,
     )
-    if FAST < PAIRS_PADDED:
-        x = (8 * i + 2 * (thread % 4)).to(tl.float32) * (1 / SPAN)
-        one += _polynomial(span[2], x)
-        other += _polynomial(span[2], x + 1 / SPAN)
-    return one * bias_scale + span[0], other * bias_scale + span[0]
 
 
 @triton.jit
@@ -314,11 +271,11 @@ def store_bias_of_tail(
         if begin < end:
             position = first_slot + tl.where(run == 0, 0, turns - tl.where(run == 1, 0, slots - sinks)) + 0 * thread
             span = span_of_bias(
-                position, coefficients, frequencies, steps, bias_scale, constant, PAIRS_PADDED, QUICK, FAST
+                position, coefficients, frequencies, steps, constant, PAIRS_PADDED, QUICK, FAST
             )
             for j in tl.range(0, 2, num_stages=1):
                 i = 2 * (thread // 32) + j
-                one, other = bias_in_span(i, span, table, bias_scale, PAIRS_PADDED, FAST)
+                one, other = bias_in_span(i, span, table, PAIRS_PADDED, FAST)
                 slot = first_slot + 8 * i + 2 * (thread % 4)
-                tl.store(out + slot, one, mask=is_row & (slot >= begin) & (slot < end))
-                tl.store(out + slot + 1, other, mask=is_row & (slot + 1 >= begin) & (slot + 1 < end))
+                tl.store(out + slot, one * bias_scale, mask=is_row & (slot >= begin) & (slot < end))
+                tl.store(out + slot + 1, other * bias_scale, mask=is_row & (slot + 1 >= begin) & (slot + 1 < end))
