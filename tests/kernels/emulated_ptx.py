@@ -184,6 +184,9 @@ class _Warp:
             self.write(to, np.full(LANES, self.read(arguments[0]).astype(bool).any()))
         elif kind[0] == "setp":
             self.write(to, self.word(arguments[0]) != self.word(arguments[1]))
+        elif kind[0] == "movmatrix":
+            halves = self.word(arguments[0]).view(np.uint16).reshape(8, 8)
+            self.write(to, np.ascontiguousarray(halves.T).view(np.uint32).reshape(-1))
         elif kind[0] in ("cos", "sin"):
             self.write(to, _bits({"cos": np.cos, "sin": np.sin}[kind[0]](_float(self.word(arguments[0])))))
         elif kind[-1] == "f32" and kind[0] != "mov":

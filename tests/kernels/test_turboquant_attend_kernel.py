@@ -205,19 +205,23 @@ def _bias_of_positions(
     """out [8, positions]: what the bias adds in each query row; a program for each 128 positions."""
     thread = tl.arange(0, 128)
     g = thread % 32 // 4
-    row = tl.minimum(g, rows - 1)
-    scale = tl.load(factor + 4 * row + 1) * 1.4426950408889634
-    constant = tl.load(factor + 4 * row + 2) * 1.4426950408889634 / scale
+    t = thread % 4
+    own = tl.minimum(g, rows - 1)
+    even = tl.minimum(2 * t, rows - 1)
+    odd = tl.minimum(2 * t + 1, rows - 1)
+    constant = tl.load(factor + 4 * own + 2) / tl.load(factor + 4 * own + 1)
     position = 128 * tl.program_id(0) + 0 * thread
-    span = span_of_bias(
-        position, coefficients + row * (2 * PAIRS), frequencies, steps, constant, PAIRS, QUICK, FAST
-    )
-    for j in tl.range(0, 4):
-        i = thread // 32 * 4 + j
-        one, other = bias_in_span(i, span, table, PAIRS, FAST)
-        to = position + 8 * i + 2 * (thread % 4)
-        tl.store(out + g * positions + to, one * scale, mask=to < positions)
-        tl.store(out + g * positions + to + 1, other * scale, mask=to + 1 < positions)
+    span = span_of_bias(position, coefficients + own * (2 * PAIRS), frequencies, steps, constant, PAIRS, QUICK, FAST)
+    for j in tl.range(0, 2):
+        i = thread // 32 * 2 + j
+        s0, s1, s2, s3 = bias_in_span(i, span, table, PAIRS, FAST)
+        to = position + 16 * i + g
+        even_scale = tl.load(factor + 4 * even + 1) * 1.4426950408889634
+        odd_scale = tl.load(factor + 4 * odd + 1) * 1.4426950408889634
+        tl.store(out + 2 * t * positions + to, s0 * even_scale, mask=to < positions)
+        tl.store(out + (2 * t + 1) * positions + to, s1 * odd_scale, mask=to < positions)
+        tl.store(out + 2 * t * positions + to + 8, s2 * even_scale, mask=to + 8 < positions)
+        tl.store(out + (2 * t + 1) * positions + to + 8, s3 * odd_scale, mask=to + 8 < positions)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -25,10 +25,10 @@ class BiasTerms:
         bias: [G, D] float32, before the rotary embedding.
         frequencies: [P] int64, turns per position of each rotated pair in units of 2^-64, zeros beyond `pairs`; P is
             a power of two and at least 16. A product with a position then drops whole turns and keeps all digits.
-        spans: [2, 16, P / 16 + 1, 32, 8] float16: cos, less 1 behind the first `quick` pairs, and sin, side by side, of
-            positions 0 to 127 times the frequency of each pair, as a warp reads them: position 8 i + g, pair
-            16 j + 4 t + k is [:, i, j, 4 g + t, 2 k]; behind the pairs powers 0 to 6 of the position / 128, the same
-            for every t, and 0. First rounded, then what that leaves out.
+        spans: [2, 8, P / 8 + 2, 32, 8] float16: cos, less 1 behind the first `quick` pairs, and sin, side by side, of
+            positions 0 to 127 times the frequency of each pair, as a warp reads them: position 16 i + 8 h + g, pair
+            8 (j - j % 2) + 4 t + 2 (j % 2) + k is [:, i, j, 4 g + t, 4 k + 2 h]; behind the pairs powers 0 to 6 of the
+            position / 128, the same for every t, and 0. First rounded, then what that leaves out.
         steps: [P] float32: 128 times each frequency, in radians.
         quick: a multiple of 16, less than P: all these pairs turn by more than 1.5 radians in 64 positions.
         fast: a multiple of 16, at least 16: no pair behind these turns by more than half a radian in 128 positions.
@@ -61,10 +61,12 @@ def bias_terms(bias: torch.Tensor, inverse_frequencies: torch.Tensor, scaling: f
     cos = -2 * (angles / 2).sin().square()
     cos[:, :quick] = angles[:, :quick].cos()
     table = torch.stack((cos, angles.sin()), dim=-1)  # [positions, P, 2]
-    ordered = table.view(-1, 8, padded // 16, 4, 8).transpose(1, 2).flatten(2, 3)
     powers = (torch.arange(SPAN_TOKENS) / SPAN_TOKENS).double()[:, None] ** torch.arange(8)
     powers[:, 7] = 0
-    ordered = torch.cat((ordered, powers.view(-1, 1, 8, 1, 8).expand(-1, 1, 8, 4, 8).flatten(2, 3)), dim=1)
+    powers = powers.view(SPAN_TOKENS, 1, 4, 2).expand(-1, 4, -1, -1).flatten(1, 2)
+    # [tile, half of it, g, sixteenth of the pairs, t, product, pair, cos or sin]
+    apart = torch.cat((table, powers), dim=1).view(8, 2, 8, padded // 16 + 1, 4, 2, 2, 2)
+    ordered = apart.permute(0, 3, 5, 2, 4, 6, 1, 7).reshape(8, padded // 8 + 2, 32, 8)
     spans = torch.stack((ordered.half(), (ordered - ordered.half()).half()))
     fast = padded - _whole(step.abs().flip(0) <= _SLOW)
     frequencies = torch.tensor(signed, dtype=torch.int64)

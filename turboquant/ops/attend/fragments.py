@@ -5,10 +5,11 @@ what mma.m16n8k16 wants of it (PTX ISA, "Matrix Fragments for mma.m16n8k16"). Wh
 product's inner axis is free, and so is which of a warp's 16 tokens; they are chosen such that a thread decodes only
 what it multiplies:
 
-    scores   [rows, tokens] = q [rows, D] @ keys^T: thread (g, t) holds query row g, and of token g a quarter of the
-             bytes of plane 0, the t-th
+    scores   [tokens, rows] = keys [tokens, D] @ q^T: thread (g, t) holds of tokens g and g + 8 a quarter of the bytes
+             of plane 0, the t-th, and the same of query row g
     values   out^T [D, rows] += values^T [D, tokens] @ weights^T: thread (g, t) holds of tokens 2 t, 2 t + 1, 2 t + 8
-             and 2 t + 9 an eighth of the bytes, the g-th, and their weights in row g, which are its scores
+             and 2 t + 9 an eighth of the bytes, the g-th, and their weights in row g: the scores' matrix transposed,
+             which is one instruction
 
 So nothing goes through shared memory, and no thread waits for another. Each of 4 warps takes 16 tokens of a block
 and keeps a softmax of its own; they meet behind the loop. Triton's interpreter runs it where a test lends it the PTX.
@@ -18,14 +19,13 @@ import triton
 import triton.language as tl
 
 from turboquant.ops.attend.lanes import (
-    most_of_row,
+    half,
+    most_of_column,
     multiply,
     names,
-    of_rows,
     packed,
     piece,
-    two_floats,
-    two_halves,
+    transposed,
     words_at,
 )
 from turboquant.ops.attend.parts import capped
@@ -47,34 +47,29 @@ def _decoder_registers(first: int, a: str, y1: str, y2: str) -> DecoderRegisters
 
 
 def _scores(planes: int, quarter: int) -> tuple[str, str]:
-    """Products of a query row with 8 tokens: assembly and its constraints.
+    """Products of 16 tokens with the query rows: assembly and its constraints.
 
-    Outputs: scores of tokens 2 t and 2 t + 1 in row g, float32. Inputs: table, signs, factor; q as pairs of float16,
-    for each word of 4 bytes and field a pair for bytes 0 and 1 and one for 2 and 3; the words of each plane.
+    Outputs: scores of token g in rows 2 t and 2 t + 1, then of token g + 8, float32. Inputs: table, signs, factor; q as
+    pairs of float16, for each word of 4 bytes and field a pair for bytes 0 and 1 and one for 2 and 3; the words of each
+    plane of token g, then of token g + 8.
     """
     words = quarter // 16
-    at = 2 + _TABLES
+    at = 4 + _TABLES
     q = names(at, 8 * words)
     at += len(q)
-    a, y1, y2 = (names(at + p * words, words) if p < planes else ["0"] * words for p in range(3))
-    inputs = _TABLES + (8 + planes) * words
-    lines = [
-        ".reg .b32 none, k<8>;",
-        ".reg .f32 c<8>;",
-        "mov.b32 none, 0;",
-        *(f"mov.f32 c{i}, 0f00000000;" for i in range(8)),
-    ]
+    inputs = _TABLES + (8 + 2 * planes) * words
+    lines = [".reg .b32 k<8>, l<8>;", ".reg .f32 c<8>;", *(f"mov.f32 c{i}, 0f00000000;" for i in range(8))]
     for w in range(words):
-        keys = [f"k{i}" for i in range(8)]
-        lines.append(decoder(planes, _decoder_registers(2, a[w], y1[w], y2[w]), keys))
+        for token, out in ((0, "k"), (1, "l")):
+            own = [f"${at + (token * planes + p) * words + w}" if p < planes else "0" for p in range(3)]
+            lines.append(decoder(planes, _decoder_registers(4, *own), [f"{out}{i}" for i in range(8)]))
         for f in range(4):
             # two sums: a product waits for the one before
             to = [f"c{4 * (f % 2) + i}" for i in range(4)]
-            pair = q[8 * w + 2 * f : 8 * w + 2 * f + 2]
-            lines.append(multiply(to, (pair[0], "none", pair[1], "none"), (keys[2 * f], keys[2 * f + 1])))
-    lines += ["add.f32 $0, c0, c4;", "add.f32 $1, c1, c5;"]
-    constraints = ["=f"] * 2 + ["r"] * inputs
-    return "{\n" + "\n".join(lines) + "\n}", ",".join(constraints)
+            keys = (f"k{2 * f}", f"l{2 * f}", f"k{2 * f + 1}", f"l{2 * f + 1}")
+            lines.append(multiply(to, keys, q[8 * w + 2 * f : 8 * w + 2 * f + 2]))
+    lines += [f"add.f32 ${i}, c{i}, c{i + 4};" for i in range(4)]
+    return "{\n" + "\n".join(lines) + "\n}", ",".join(["=f"] * 4 + ["r"] * inputs)
 
 
 def _values(planes: int, quarter: int) -> tuple[str, str]:
@@ -157,18 +152,18 @@ def _load_token(plane, bit_plane, mask, QUARTER: tl.constexpr, PLANES: tl.conste
 
 @triton.jit
 def _load_keys(record, first, thread, mask, AT: tl.constexpr, QUARTER: tl.constexpr, PLANES: tl.constexpr):
-    """A thread's part of the keys of 16 tokens from `first` on, and the scales of its four scores; planes begin at AT."""
+    """A thread's part of the keys of tokens `first` + g and 8 further, and their scales; planes begin at AT."""
     g = thread % 32 // 4
     t = thread % 4
     HALF: tl.constexpr = QUARTER // 2
     # what depends on the thread is added once, and what remains of an address is a constant
     plane = record + ((first + g) * QUARTER + t * (QUARTER // 4))
     bits = record + ((first + g) * HALF + t % 2 * (QUARTER // 4))
-    scales = record + 2 * (first + 2 * t)
+    scales = record + 2 * (first + g)
     BITS_AT: tl.constexpr = AT + 64 * QUARTER
     words = _load_token(plane + AT, bits + BITS_AT, mask, QUARTER, PLANES)
     words = words + _load_token(plane + (AT + 8 * QUARTER), bits + (BITS_AT + 8 * HALF), mask, QUARTER, PLANES)
-    return words + words_at(scales, mask, 4) + words_at(scales + 16, mask, 4)
+    return words + words_at(scales, mask, 2) + words_at(scales + 16, mask, 2)
 
 
 @triton.jit
@@ -186,18 +181,18 @@ def _load_plane(plane, mask, ROW: tl.constexpr, OWN: tl.constexpr):
 
 @triton.jit
 def _load_values(record, first, thread, mask, AT: tl.constexpr, QUARTER: tl.constexpr, PLANES: tl.constexpr):
-    """A thread's part of the values of 16 tokens from `first` on, four of them, and their scales; a side begins at AT."""
+    """A thread's part of the values of 16 tokens from `first` on, and the scales of two; a side begins at AT."""
     own = first + 2 * (thread % 4)
     g = thread % 32 // 4
     HALF: tl.constexpr = QUARTER // 2
     EIGHTH: tl.constexpr = QUARTER // 8
     plane = record + (own * QUARTER + g * EIGHTH)
     bits = record + (own * HALF + g % 4 * EIGHTH)
-    scales = record + 2 * own
+    scales = record + 2 * (first + g)
     words = _load_plane(plane + (AT + 128), mask, QUARTER, EIGHTH)
     for p in tl.static_range(1, PLANES):
         words = words + _load_plane(bits + (AT + 128 + 64 * QUARTER + 64 * HALF * (p - 1)), mask, HALF, EIGHTH)
-    return words + words_at(scales + AT, mask, 4) + words_at(scales + (AT + 16), mask, 4)
+    return words + words_at(scales + AT, mask, 2) + words_at(scales + (AT + 16), mask, 2)
 
 
 @triton.jit
@@ -256,6 +251,23 @@ def _over_warps(parts, factors, START: tl.constexpr):
 
 
 @triton.jit
+def _most_of_row(x):
+    """The largest of the threads (g, t) of all warps, for each t [4]."""
+    return tl.max(tl.reshape(x, (32, 4)), 0)
+
+
+@triton.jit
+def _sum_of_row(x):
+    return tl.sum(tl.reshape(x, (32, 4)), 0)
+
+
+@triton.jit
+def _to_threads(x):
+    """What each thread has of a value for each t [4]."""
+    return tl.reshape(tl.broadcast_to(x[None, :], (32, 4)), (32 * 4,))
+
+
+@triton.jit
 def attend_fragments(
     anchor,
     entries,
@@ -270,6 +282,8 @@ def attend_fragments(
     softcap,
     means,
     bias,
+    bias_table,
+    bias_scale,
     registers,
     out_top,
     out_mass,
@@ -292,9 +306,9 @@ def attend_fragments(
 ):
     """The blocks [first, last) of `entries` for `rows` query rows, at most 8; stores top, mass and weighted sums.
 
-    q, row_scale, position, means: [128], of thread (g, t)'s row g; q points to what `prepare_rows` left in float16,
-    means to what is added to the scores of block 0. bias: the table and what else `span_of_bias` takes. out_top,
-    out_mass, out_acc: of the first row.
+    q: [128], where thread (g, t)'s row g begins in what `prepare_rows` left in float16. row_scale, position, means,
+    bias_scale: pairs of [128], of its rows 2 t and 2 t + 1; means point to what is added to the scores of block 0.
+    bias: what `span_of_bias` takes behind the position. out_top, out_mass, out_acc: of the first row.
     """
     thread = tl.arange(0, 32 * 4)
     g = thread % 32 // 4
@@ -308,8 +322,10 @@ def attend_fragments(
     queries = _load_queries(q, t, is_row, KEY_QUARTER)
     key_table = _table(registers, KEY_PLANES) + (t // 2 * 3 + 1,)
     value_table = _table(registers, VALUE_PLANES) + (g // 4 * 3 + 1,)
-    top = tl.full((32 * 4,), -1e30, tl.float32)
-    mass = tl.zeros((32 * 4,), tl.float32)
+    top0 = tl.full((32 * 4,), -1e30, tl.float32)
+    top1 = top0
+    mass0 = tl.zeros((32 * 4,), tl.float32)
+    mass1 = mass0
     sums = (tl.zeros((32 * 4,), tl.float32),) * SUMS
 
     # a side's bytes but for its 1-bit planes, and those
@@ -324,9 +340,11 @@ def attend_fragments(
     record = own_anchor + (tl.load(entries + block, mask=0 * block < count, other=0) & -16)
     keys = _load_keys(record, token, thread, is_left, KEYS_AT, KEY_QUARTER, KEY_PLANES)
     values = _load_values(record, token, thread, is_left, VALUES_AT, VALUE_QUARTER, VALUE_PLANES)
-    mean = row_scale
+    is_row0 = 2 * t < rows
+    is_row1 = 2 * t + 1 < rows
     if HAS_MEANS:
-        mean = tl.load(means + block, mask=is_row & is_left, other=0)
+        mean0 = tl.load(means[0] + block, mask=is_row0 & is_left, other=0)
+        mean1 = tl.load(means[1] + block, mask=is_row1 & is_left, other=0)
     next_block, _ = _share_of_warp(1, first, count, warp, HAS_BIAS)
     entry = tl.load(entries + next_block, mask=0 * next_block + 1 < count, other=0)
     # a warp's tokens are one run where there is a bias, of which 8 times 16 are a span
@@ -335,10 +353,10 @@ def attend_fragments(
         if HAS_BIAS:
             span = span_of_bias(
                 sinks + 64 * first + 16 * (warp * count + start),
+                bias[0],
                 bias[1],
                 bias[2],
                 bias[3],
-                bias[5],
                 PAIRS_PADDED,
                 QUICK,
                 FAST,
@@ -349,102 +367,100 @@ def attend_fragments(
                 queries = _load_queries(q, t + zero_again(u + 0 * t), is_row, KEY_QUARTER)
             KEY_ASSEMBLY: tl.constexpr = piece(_SCORES, 0, KEY_PLANES, KEY_QUARTER)
             KEY_CONSTRAINTS: tl.constexpr = piece(_SCORES, 1, KEY_PLANES, KEY_QUARTER)
-            s0, s1 = tl.inline_asm_elementwise(
+            # of the first token in an even and an odd row, and of the second one
+            s0, s1, s2, s3 = tl.inline_asm_elementwise(
                 KEY_ASSEMBLY,
                 KEY_CONSTRAINTS,
-                key_table + queries + keys[:KEYS],
-                dtype=(tl.float32, tl.float32),
+                key_table + queries + keys[: 2 * KEYS],
+                dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
                 is_pure=True,
                 pack=1,
             )
-            s2, s3 = tl.inline_asm_elementwise(
-                KEY_ASSEMBLY,
-                KEY_CONSTRAINTS,
-                key_table + queries + keys[KEYS : 2 * KEYS],
-                dtype=(tl.float32, tl.float32),
-                is_pure=True,
-                pack=1,
-            )
-            k0, k1 = two_halves(keys[2 * KEYS])
-            k2, k3 = two_halves(keys[2 * KEYS + 1])
-            v0, v1 = two_halves(values[VALUES])
-            v2, v3 = two_halves(values[VALUES + 1])
+            k0 = half(keys[2 * KEYS])
+            k1 = half(keys[2 * KEYS + 1])
+            v0 = half(values[VALUES])
+            v1 = half(values[VALUES + 1])
             # the next block's keys are on their way while these are weighed, its values while its keys are multiplied
             if IS_CAUSAL:
-                left = position - (sinks + 64 * block + token + 2 * t)
+                at = sinks + 64 * block + token + g
             block, token = _share_of_warp(u + 1, first, count, warp, HAS_BIAS)
             record = own_anchor + (entry & -16)
             is_left = 0 * thread + (u + 1) < count
             keys = _load_keys(record, token, thread, is_left, KEYS_AT, KEY_QUARTER, KEY_PLANES)
             behind, _ = _share_of_warp(u + 2, first, count, warp, HAS_BIAS)
             entry = tl.load(entries + behind, mask=0 * behind + (u + 2) < count, other=0)
-            s0 *= k0 * row_scale
-            s1 *= k1 * row_scale
-            s2 *= k2 * row_scale
-            s3 *= k3 * row_scale
+            s0 *= k0 * row_scale[0]
+            s1 *= k0 * row_scale[1]
+            s2 *= k1 * row_scale[0]
+            s3 *= k1 * row_scale[1]
             if HAS_MEANS:
-                s0 += mean
-                s1 += mean
-                s2 += mean
-                s3 += mean
-                mean = tl.load(means + block, mask=is_row & is_left, other=0)
+                s0 += mean0
+                s1 += mean1
+                s2 += mean0
+                s3 += mean1
+                mean0 = tl.load(means[0] + block, mask=is_row0 & is_left, other=0)
+                mean1 = tl.load(means[1] + block, mask=is_row1 & is_left, other=0)
             if HAS_BIAS:
-                b0, b1 = bias_in_span(2 * (u - start), span, bias[0], PAIRS_PADDED, FAST)
-                b2, b3 = bias_in_span(2 * (u - start) + 1, span, bias[0], PAIRS_PADDED, FAST)
-                s0 += b0 * bias[4]
-                s1 += b1 * bias[4]
-                s2 += b2 * bias[4]
-                s3 += b3 * bias[4]
+                b0, b1, b2, b3 = bias_in_span(u - start, span, bias_table, PAIRS_PADDED, FAST)
+                s0 += b0 * bias_scale[0]
+                s1 += b1 * bias_scale[1]
+                s2 += b2 * bias_scale[0]
+                s3 += b3 * bias_scale[1]
             s0 = capped(s0, softcap, HAS_SOFTCAP)
             s1 = capped(s1, softcap, HAS_SOFTCAP)
             s2 = capped(s2, softcap, HAS_SOFTCAP)
             s3 = capped(s3, softcap, HAS_SOFTCAP)
             if IS_CAUSAL:
-                s0 = tl.where(left >= 0, s0, float("-inf"))
-                s1 = tl.where(left >= 1, s1, float("-inf"))
-                s2 = tl.where(left >= 8, s2, float("-inf"))
-                s3 = tl.where(left >= 9, s3, float("-inf"))
+                s0 = tl.where(at <= position[0], s0, float("-inf"))
+                s1 = tl.where(at <= position[1], s1, float("-inf"))
+                s2 = tl.where(at + 8 <= position[0], s2, float("-inf"))
+                s3 = tl.where(at + 8 <= position[1], s3, float("-inf"))
 
             # a value's scale joins the exponent: weights are at most 1 and keep their digits in float16
             e0, i0 = _power_of_two(v0)
             e1, i1 = _power_of_two(v1)
-            e2, i2 = _power_of_two(v2)
-            e3, i3 = _power_of_two(v3)
             s0 += e0
-            s1 += e1
-            s2 += e2
-            s3 += e3
-            new_top = tl.maximum(top, most_of_row(tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3))))
-            shrink = tl.exp2(top - new_top)
-            w0 = tl.exp2(s0 - new_top)
-            w1 = tl.exp2(s1 - new_top)
-            w2 = tl.exp2(s2 - new_top)
-            w3 = tl.exp2(s3 - new_top)
-            mass = mass * shrink + (w0 * i0 + w1 * i1) + (w2 * i2 + w3 * i3)
-            even, odd = of_rows(shrink, t)
-            weights = (packed(w0 * (v0 * i0), w1 * (v1 * i1)), packed(w2 * (v2 * i2), w3 * (v3 * i3)))
+            s1 += e0
+            s2 += e1
+            s3 += e1
+            new_top0 = tl.maximum(top0, most_of_column(tl.maximum(s0, s2)))
+            new_top1 = tl.maximum(top1, most_of_column(tl.maximum(s1, s3)))
+            shrink0 = tl.exp2(top0 - new_top0)
+            shrink1 = tl.exp2(top1 - new_top1)
+            w0 = tl.exp2(s0 - new_top0)
+            w1 = tl.exp2(s1 - new_top1)
+            w2 = tl.exp2(s2 - new_top0)
+            w3 = tl.exp2(s3 - new_top1)
+            mass0 = mass0 * shrink0 + (w0 * i0 + w2 * i1)
+            mass1 = mass1 * shrink1 + (w1 * i0 + w3 * i1)
+            v0 *= i0
+            v1 *= i1
+            weights = (transposed(packed(w0 * v0, w1 * v0)), transposed(packed(w2 * v1, w3 * v1)))
+            has_grown = ((new_top0 > top0) | (new_top1 > top1)).to(tl.int32)
+            top0 = new_top0
+            top1 = new_top1
             VALUE_ASSEMBLY: tl.constexpr = piece(_VALUES, 0, VALUE_PLANES, VALUE_QUARTER)
             VALUE_CONSTRAINTS: tl.constexpr = piece(_VALUES, 1, VALUE_PLANES, VALUE_QUARTER)
             sums = tl.inline_asm_elementwise(
                 VALUE_ASSEMBLY,
                 VALUE_CONSTRAINTS,
-                value_table + weights + ((new_top > top).to(tl.int32), even, odd) + values[:VALUES] + sums,
+                value_table + weights + (has_grown, shrink0, shrink1) + values[:VALUES] + sums,
                 dtype=(tl.float32,) * SUMS,
                 is_pure=True,
                 pack=1,
             )
             values = _load_values(record, token, thread, is_left, VALUES_AT, VALUE_QUARTER, VALUE_PLANES)
-            top = new_top
 
-    # the four warps, and what each thread of a row has of its mass
-    tops = tl.reshape(top, (4, ROWS_HELD, 4))
-    best = tl.max(tops, 0)
-    shrink = tl.exp2(top - tl.reshape(tl.broadcast_to(best[None, :, :], (4, ROWS_HELD, 4)), (32 * 4,)))
-    total = tl.sum(tl.sum(tl.reshape(mass * shrink, (4, ROWS_HELD, 4)), 0), 1)
-    r = tl.arange(0, ROWS_HELD)
-    tl.store(out_top + r, tl.max(best, 1), mask=r < rows)
-    tl.store(out_mass + r, total, mask=r < rows)
-    even, odd = of_rows(shrink, t)
+    # the four warps, and of a row's mass eight threads
+    best0 = _most_of_row(top0)
+    best1 = _most_of_row(top1)
+    even = tl.exp2(top0 - _to_threads(best0))
+    odd = tl.exp2(top1 - _to_threads(best1))
+    r = 2 * tl.arange(0, 4)
+    tl.store(out_top + r, best0, mask=r < rows)
+    tl.store(out_top + r + 1, best1, mask=r + 1 < rows)
+    tl.store(out_mass + r, _sum_of_row(mass0 * even), mask=r < rows)
+    tl.store(out_mass + r + 1, _sum_of_row(mass1 * odd), mask=r + 1 < rows)
     lane = tl.arange(0, 32)
     for start in tl.static_range(0, SUMS, 8):
         found = _over_warps(sums, (even, odd), start)

@@ -516,22 +516,29 @@ def _attend_split(
     HEAD_BYTES: tl.constexpr = (
         KEY_BYTES + VALUE_BYTES + (KEY_PLANES - 1) * (32 * KEY_QUARTER) + (VALUE_PLANES - 1) * (32 * VALUE_QUARTER)
     )
-    if IN_FRAGMENTS:
-        # one row of each thread, see `attend_fragments`
-        thread = tl.arange(0, 32 * 4)
-        g = thread % 32 // 4
-        is_own = g < rows
-        own = bg.to(tl.int64) * rows + tl.where(is_own, g, 0)
-        own_q = q + own * (4 * KEY_QUARTER_PADDED)
-        own_coefficients = coefficients + own * (2 * PAIRS_PADDED)
-        own_terms = terms + own * terms_stride
     join_launches(OVERLAPS)
     if IN_FRAGMENTS:
+        # of thread (g, t) row g, then rows 2 t and 2 t + 1, see `attend_fragments`
+        thread = tl.arange(0, 32 * 4)
+        first_row = bg.to(tl.int64) * rows
+        is_own = thread % 32 // 4 < rows
+        own = first_row + tl.where(is_own, thread % 32 // 4, 0)
+        even = tl.minimum(thread % 4 * 2, rows - 1)
+        odd = tl.minimum(thread % 4 * 2 + 1, rows - 1)
+        own_coefficients = coefficients + own * (2 * PAIRS_PADDED)
         own_scale, own_bias_scale, own_constant = row_factors(
             factor, own, is_own, scale, bias_scaling, HAS_BIAS, HAS_SOFTCAP
         )
         # both are multiplied together
         own_constant /= tl.where(own_bias_scale != 0, own_bias_scale, 1.0)
+        even_scale, even_bias_scale, _ = row_factors(
+            factor, first_row + even, even < rows, scale, bias_scaling, HAS_BIAS, HAS_SOFTCAP
+        )
+        odd_scale, odd_bias_scale, _ = row_factors(
+            factor, first_row + odd, odd < rows, scale, bias_scaling, HAS_BIAS, HAS_SOFTCAP
+        )
+        even_terms = terms + (first_row + even) * terms_stride
+        odd_terms = terms + (first_row + odd) * terms_stride
     row_scale, bias_scale, constant = row_factors(factor, at, is_row, scale, bias_scaling, HAS_BIAS, HAS_SOFTCAP)
 
     if split < splits:
@@ -542,10 +549,10 @@ def _attend_split(
                     entries,
                     first,
                     last,
-                    own_q,
+                    q + own * (4 * KEY_QUARTER_PADDED),
                     is_own,
                     own_scale,
-                    own_terms + terms_means,
+                    terms + own * terms_stride + terms_means,
                     KEY_DIM,
                 )
                 tl.debug_barrier()  # other threads read what these have stored
@@ -558,11 +565,16 @@ def _attend_split(
                 sinks,
                 halves + own * (4 * KEY_QUARTER_PADDED),
                 rows,
-                own_scale,
-                tl.maximum(length - tokens + g % tokens, 0),
+                (even_scale, odd_scale),
+                (
+                    tl.maximum(length - tokens + even % tokens, 0),
+                    tl.maximum(length - tokens + odd % tokens, 0),
+                ),
                 softcap,
-                own_terms + terms_means,
-                (bias_table, own_coefficients, frequencies, bias_steps, own_bias_scale, own_constant),
+                (even_terms + terms_means, odd_terms + terms_means),
+                (own_coefficients, frequencies, bias_steps, own_constant),
+                bias_table,
+                (even_bias_scale, odd_bias_scale),
                 registers,
                 out_top + to,
                 out_mass + to,
@@ -646,10 +658,10 @@ def _attend_split(
                 frequencies,
                 bias_table,
                 bias_steps,
-                own_bias_scale,
                 own_constant,
-                own_terms,
-                is_own,
+                (even_bias_scale, odd_bias_scale),
+                (even_terms, odd_terms),
+                rows,
                 PAIRS_PADDED,
                 QUICK,
                 FAST,

@@ -45,13 +45,13 @@ def words_at(pointer, mask, BYTES: tl.constexpr):
 
 
 @triton.jit
-def two_halves(word):
-    """Two float16 as float32."""
+def half(word):
+    """The lower float16 of a word as float32."""
     return tl.inline_asm_elementwise(
-        "{.reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h;}",
-        "=f,=f,r",
+        "{.reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, l;}",
+        "=f,r",
         [word],
-        dtype=(tl.float32, tl.float32),
+        dtype=tl.float32,
         is_pure=True,
         pack=1,
     )
@@ -66,14 +66,6 @@ def packed(low, high):
 
 
 @triton.jit
-def _from_lane(x, lane):
-    """What thread `lane` of the warp has, float32."""
-    return tl.inline_asm_elementwise(
-        "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;", "=f,f,r", [x, lane], dtype=tl.float32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
 def _from_neighbour(x, by):
     """What the thread has whose number in the warp differs in the bits `by`, float32."""
     return tl.inline_asm_elementwise(
@@ -82,16 +74,19 @@ def _from_neighbour(x, by):
 
 
 @triton.jit
-def most_of_row(x):
-    """The largest of the four threads of a row."""
-    x = tl.maximum(x, _from_neighbour(x, 1))
-    return tl.maximum(x, _from_neighbour(x, 2))
+def most_of_column(x):
+    """The largest of the eight threads (0, t) to (7, t)."""
+    x = tl.maximum(x, _from_neighbour(x, 4))
+    x = tl.maximum(x, _from_neighbour(x, 8))
+    return tl.maximum(x, _from_neighbour(x, 16))
 
 
 @triton.jit
-def of_rows(x, t):
-    """What rows 2 t and 2 t + 1 have, where thread (g, t) has row g."""
-    return _from_lane(x, 8 * t), _from_lane(x, 8 * t + 4)
+def transposed(word):
+    """Of a matrix of float16 with rows g, of which thread (g, t) has columns 2 t and 2 t + 1: the transposed one's."""
+    return tl.inline_asm_elementwise(
+        "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1
+    )
 
 
 @triton.jit

@@ -210,7 +210,11 @@ def table_of_block(spans, PAIRS_PADDED: tl.constexpr):
     """cos - 1 and sin of each pair at positions 0 to 63 [64, 2 P]: of the first part of BiasTerms.spans."""
     n = tl.arange(0, 64)[:, None]
     two = tl.arange(0, 2 * PAIRS_PADDED)[None, :]
-    return tl.load(spans + ((n // 8 * (PAIRS_PADDED // 16 + 1) + two // 32) * 32 + n % 8 * 4 + two % 32 // 8) * 8 + two % 8)
+    pair = two // 2
+    product = pair // 16 * 2 + pair % 4 // 2
+    lane = n % 8 * 4 + pair % 16 // 4
+    in_lane = pair % 2 * 4 + n % 16 // 8 * 2 + two % 2
+    return tl.load(spans + ((n // 16 * (PAIRS_PADDED // 8 + 2) + product) * 32 + lane) * 8 + in_lane)
 
 
 @triton.jit

@@ -4,8 +4,8 @@ The bias turns with the position. Within a span of 128 positions its quickly tur
 in a product of matrices; what the slow ones add is a polynomial of the position, of degree 6 (BiasTerms.fast says
 where they begin).
 
-Every tensor has one element for each thread (see lanes.py). Rows g of a product are the high parts of the query rows,
-turned back to the first token of a span, rows g + 8 their low parts.
+Every tensor has one element for each thread (see lanes.py). Products have tokens in their rows, as the scores', and in
+column g the coefficients of query row g, turned back to the first token of a span: high and low parts apart.
 """
 
 import triton
@@ -26,29 +26,27 @@ PAIRS = (16, 32, 64)  # padded, that are served: operands of more would not fit 
 
 
 def _bias_scores(fast: int, pairs: int) -> tuple[str, str]:
-    """Key bias of 8 tokens: the first `fast` of a table's pairs, and the polynomial. Assembly and its constraints.
+    """Key bias of 16 tokens: the first `fast` of a table's pairs, and the polynomial. Assembly and its constraints.
 
-    Outputs: of tokens 2 t and 2 t + 1 in row g. Inputs: address of what this thread reads of the table for these
-    tokens; for each product the four words of its first operand, high and low part of one pair, then of the other.
+    Outputs: of token g in rows 2 t and 2 t + 1, then of token g + 8. Inputs: address of what this thread reads of the
+    table for these tokens; for each product high and low part of row g's one pair, then of the other. Products of low
+    parts alone are left out: they are below float32's digits of the others.
     """
-    columns = [*range(fast // 16), pairs // 16]  # two products each
-    a = names(3, 8 * len(columns))
+    products = [*range(fast // 8), pairs // 8, pairs // 8 + 1]
+    b = names(5, 4 * len(products))
     low_at = SPAN_TOKENS * 2 * (pairs + 16) * 2  # bytes behind the high parts
     # two sums, for a product waits for the one before
     sums = [[f"c{4 * j + i}" for i in range(4)] for j in range(2)]
-    lines = [".reg .b32 b<8>;", ".reg .f32 c<8>;", *(f"mov.f32 c{i}, 0f00000000;" for i in range(8))]
-    for j, column in enumerate(columns):
+    lines = [".reg .b32 a<8>;", ".reg .f32 c<8>;", *(f"mov.f32 c{i}, 0f00000000;" for i in range(8))]
+    for j, product in enumerate(products):
         for part in range(2):
-            to = ", ".join(f"b{4 * part + i}" for i in range(4))
-            lines.append(f"ld.global.nc.v4.b32 {{{to}}}, [$2 + {512 * column + low_at * part}];")
-        for k in range(2):
-            for part in range(2):
-                own = (f"b{4 * part + 2 * k}", f"b{4 * part + 2 * k + 1}")
-                lines.append(multiply(sums[part], a[8 * j + 4 * k : 8 * j + 4 * k + 4], own))
-    for i in range(2):
-        lines += [f"add.f32 c{i + 2}, c{i + 2}, c{i + 4};", f"add.f32 c{i}, c{i}, c{i + 6};"]
-        lines.append(f"add.f32 ${i}, c{i}, c{i + 2};")
-    return "{\n" + "\n".join(lines) + "\n}", ",".join(["=f"] * 2 + ["l"] + ["r"] * len(a))
+            to = ", ".join(f"a{4 * part + i}" for i in range(4))
+            lines.append(f"ld.global.nc.v4.b32 {{{to}}}, [$4 + {512 * product + low_at * part}];")
+        high, low = b[4 * j : 4 * j + 4 : 2], b[4 * j + 1 : 4 * j + 4 : 2]
+        table = tuple(tuple(f"a{4 * part + i}" for i in range(4)) for part in range(2))
+        lines += [multiply(sums[0], table[0], high), multiply(sums[1], table[0], low), multiply(sums[1], table[1], high)]
+    lines += [f"add.f32 ${i}, c{i}, c{i + 4};" for i in range(4)]
+    return "{\n" + "\n".join(lines) + "\n}", ",".join(["=f"] * 4 + ["l"] + ["r"] * len(b))
 
 
 def _mean_scores(dim: int) -> tuple[str, str]:
@@ -224,9 +222,8 @@ def span_of_bias(
 
 @triton.jit
 def bias_in_span(i, span, table, PAIRS_PADDED: tl.constexpr, FAST: tl.constexpr):
-    """What the bias adds to tokens 8 i + 2 t and the next of a span, in row g, but for `bias_scale`.
-
-    table: BiasTerms.spans.
+    """What the bias adds to token 16 i + g of a span in rows 2 t and 2 t + 1, and to the eighth behind it, but for
+    `bias_scale`. table: BiasTerms.spans.
     """
     thread = tl.arange(0, 32 * 4)
     ASSEMBLY: tl.constexpr = piece(_BIAS, 0, FAST, PAIRS_PADDED)
@@ -234,8 +231,8 @@ def bias_in_span(i, span, table, PAIRS_PADDED: tl.constexpr, FAST: tl.constexpr)
     return tl.inline_asm_elementwise(
         ASSEMBLY,
         CONSTRAINTS,
-        ((table + i * (16 * PAIRS_PADDED + 256) + thread % 32 * 8).to(tl.int64),) + span,
-        dtype=(tl.float32, tl.float32),
+        ((table + i * (32 * PAIRS_PADDED + 512) + thread % 32 * 8).to(tl.int64),) + span,
+        dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
         is_pure=True,
         pack=1,
     )
@@ -251,15 +248,18 @@ def store_bias_of_tail(
     frequencies,
     table,
     steps,
-    bias_scale,
     constant,
+    bias_scale,
     out,
-    is_row,
+    rows,
     PAIRS_PADDED: tl.constexpr,
     QUICK: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """What the key bias adds to the scores of 64 slots of the tail; out points to row g's place of slot 0."""
+    """What the key bias adds to the scores of 64 slots of the tail.
+
+    bias_scale, out: pairs of [128], of thread (g, t)'s rows 2 t and 2 t + 1; out point to their places of slot 0.
+    """
     thread = tl.arange(0, 32 * 4)
     newest = tl.maximum(length - sinks, 1) - 1
     turns = newest // (slots - sinks) * (slots - sinks)
@@ -273,9 +273,12 @@ def store_bias_of_tail(
             span = span_of_bias(
                 position, coefficients, frequencies, steps, constant, PAIRS_PADDED, QUICK, FAST
             )
-            for j in tl.range(0, 2, num_stages=1):
-                i = 2 * (thread // 32) + j
-                one, other = bias_in_span(i, span, table, PAIRS_PADDED, FAST)
-                slot = first_slot + 8 * i + 2 * (thread % 4)
-                tl.store(out + slot, one * bias_scale, mask=is_row & (slot >= begin) & (slot < end))
-                tl.store(out + slot + 1, other * bias_scale, mask=is_row & (slot + 1 >= begin) & (slot + 1 < end))
+            s0, s1, s2, s3 = bias_in_span(thread // 32, span, table, PAIRS_PADDED, FAST)
+            slot = first_slot + thread // 32 * 16 + thread % 32 // 4
+            row = thread % 4 * 2
+            is_there = (slot >= begin) & (slot < end)
+            tl.store(out[0] + slot, s0 * bias_scale[0], mask=is_there & (row < rows))
+            tl.store(out[1] + slot, s1 * bias_scale[1], mask=is_there & (row + 1 < rows))
+            is_there = (slot + 8 >= begin) & (slot + 8 < end)
+            tl.store(out[0] + slot + 8, s2 * bias_scale[0], mask=is_there & (row < rows))
+            tl.store(out[1] + slot + 8, s3 * bias_scale[1], mask=is_there & (row + 1 < rows))
