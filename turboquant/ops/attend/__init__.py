@@ -25,9 +25,8 @@ def attend_packed(
 ) -> Tensor:
     """Attention of the newest T tokens of each row over all its tokens, read in place by a kernel.
 
-    Nothing is copied to the host, so a CUDA graph can hold it. Where there are key terms, up to 8 query rows of a KV
-    head over coded tokens take 4 bytes each a token for the time of the call: terms that are found ahead (far less than
-    a prompt takes).
+    Nothing is copied to the host, so a CUDA graph can hold it. On compute capability 9.0 and later its launches overlap
+    with each other (programmatic dependent launch).
 
     Args:
         q: [B, H, T, Dk], queries as the model made them; H a multiple of the layout's heads.

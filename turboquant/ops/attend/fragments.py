@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from turboquant.ops.attend.lanes import (
-    half,
+    lower_half,
     most_of_column,
     multiply,
     names,
@@ -132,7 +132,7 @@ def _load_queries(q, t, is_row, QUARTER: tl.constexpr):
     own = q.to(tl.pointer_type(tl.int8)) + t * OWN
     parts = ()
     for f in tl.static_range(0, 4):
-        parts = parts + (words_at(own + 2 * f * QUARTER, is_row, OWN),)
+        parts = parts + (words_at(own + 2 * f * QUARTER, is_row, OWN, True),)
     words = ()
     for w in tl.static_range(0, QUARTER // 16):
         for f in tl.static_range(0, 4):
@@ -376,10 +376,10 @@ def attend_fragments(
                 is_pure=True,
                 pack=1,
             )
-            k0 = half(keys[2 * KEYS])
-            k1 = half(keys[2 * KEYS + 1])
-            v0 = half(values[VALUES])
-            v1 = half(values[VALUES + 1])
+            k0 = lower_half(keys[2 * KEYS])
+            k1 = lower_half(keys[2 * KEYS + 1])
+            v0 = lower_half(values[VALUES])
+            v1 = lower_half(values[VALUES + 1])
             # the next block's keys are on their way while these are weighed, its values while its keys are multiplied
             if IS_CAUSAL:
                 at = sinks + 64 * block + token + g

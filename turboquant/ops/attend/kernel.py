@@ -1,15 +1,14 @@
 """attend over packed blocks on the GPU: queries rotated, splits of the tokens in parallel, their results merged.
 
-Three launches, or four. `prepare_rows` rotates the queries and folds the key bias into them; `_attend_split` reads the
-planes in place, every program a share of the blocks of one KV head (some more programs the sinks and the recent
-window); `merge_rows` joins the shares by log-sum-exp and turns the result back. What changes from step to step
-(lengths, blocks, their addresses) is read from device memory, so that a captured graph can be replayed.
+Three launches. `prepare_rows` rotates the queries and folds the key bias into them; `_attend_split` reads the planes in
+place, every program a share of the blocks of one KV head (some more programs the sinks and the recent window);
+`merge_rows` joins the shares by log-sum-exp and turns the result back. What changes from step to step (lengths, blocks,
+their addresses) is read from device memory, so that a captured graph can be replayed.
 
 Blocks are read in one of two ways. Up to 8 query rows of a KV head over coded tokens, which is decoding:
-`attend_fragments`, in registers alone, behind a launch of `key_terms`, which finds the scores of block means and the
-key bias. All others (`_fits_fragments` says which): `_attend_blocks`, by Triton's own products through shared memory.
-There a head is multiplied quarter by quarter, as a byte of plane 0 holds one coordinate of each quarter: what a thread
-decodes goes to shared memory in short rows, whose stores and loads meet no bank twice.
+`attend_fragments`, in registers alone. All others (`_fits_fragments` says which): `_attend_blocks`, by Triton's own
+products through shared memory. There a head is multiplied quarter by quarter, as a byte of plane 0 holds one coordinate
+of each quarter: what a thread decodes goes to shared memory in short rows, whose stores and loads meet no bank twice.
 """
 
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import triton
 import triton.language as tl
 
 from turboquant.layout import BLOCK_TOKENS, PackedTokens
-from turboquant.ops.attend.bias import SPAN_TOKENS, BiasTerms
+from turboquant.ops.attend.bias import BiasTerms
 from turboquant.ops.attend.fragments import QUARTERS, attend_fragments
 from turboquant.ops.attend.fragments import ROWS as FRAGMENT_ROWS
 from turboquant.ops.attend.fragments import WARPS as FRAGMENT_WARPS
@@ -87,9 +86,7 @@ _LAUNCHES: dict[int, list[tuple[int, int, Launch]]] = {
 # Triton's interpreter does not run assembly; a test that makes it do so sets this.
 RUNS_ASSEMBLY = not is_interpreted()
 
-# Launches of a call may begin while the one before them ends, where the device knows how.
-OVERLAPS = not is_interpreted()
-OVERLAPS_MERGE = True
+# From this compute capability on a launch can begin while the one before it ends.
 _OVERLAPS_FROM = 90
 
 # Coordinates of a row that one program rotates, or turns back.
@@ -359,7 +356,7 @@ def _attend_tail(
 ):
     """64 slots of one head's tail: sinks, then the ring of recent tokens. key_tail, value_tail: of that head.
 
-    terms: [ROWS] pointers to what `key_terms` has found for the tail's first slot, where READS_TERMS.
+    terms: [ROWS] pointers to what `store_bias_of_tail` has found for slot 0, where READS_TERMS.
     """
     slot = first_slot + tl.arange(0, 64)
     token, in_ring = token_of(slot, slots, sinks, length)
@@ -721,7 +718,6 @@ def _fits_fragments(packed: PackedTokens, rows: int, pairs: int, *, is_mixed: bo
         RUNS_ASSEMBLY
         and rows <= FRAGMENT_ROWS
         and pairs in PAIRS
-        and packed.sinks <= 2 * SPAN_TOKENS
         and not is_mixed
         and not skips
         and all(side.num_planes > 0 and side.dim // 4 in QUARTERS and side.dim % 4 == 0 for side in sides)
@@ -763,7 +759,7 @@ def attend_packed(
     factor = torch.empty(batch * groups * rows, 4, dtype=torch.float32, device=device)
     pairs_padded = bias.frequencies.shape[0] if bias is not None else 16
     in_fragments = _fits_fragments(packed, rows, pairs_padded, is_mixed=is_mixed, skips=skip_below > 0)
-    overlaps = OVERLAPS and capability(device) >= _OVERLAPS_FROM
+    overlaps = capability(device) >= _OVERLAPS_FROM
     launch = launch or launch_for(device, rows, max(key_dim, value_dim), in_fragments=in_fragments)
     coefficients = (
         torch.empty(batch * groups * rows, 2, pairs_padded, dtype=torch.float32, device=device)
@@ -900,8 +896,8 @@ def attend_packed(
         DIM_PADDED=triton.next_power_of_2(value_dim),
         HAS_SINK_LOGITS=sink_logits is not None,
         CHUNK=_CHUNK,
-        TILE=64,
+        TILE=64 if value_dim <= 128 else 32,
         num_warps=8,
-        **{"OVERLAPS": overlaps and OVERLAPS_MERGE, "launch_pdl": overlaps and OVERLAPS_MERGE},
+        **overlapping,
     )
     return out.transpose(1, 2)

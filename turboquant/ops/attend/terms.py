@@ -44,7 +44,11 @@ def _bias_scores(fast: int, pairs: int) -> tuple[str, str]:
             lines.append(f"ld.global.nc.v4.b32 {{{to}}}, [$4 + {512 * product + low_at * part}];")
         high, low = b[4 * j : 4 * j + 4 : 2], b[4 * j + 1 : 4 * j + 4 : 2]
         table = tuple(tuple(f"a{4 * part + i}" for i in range(4)) for part in range(2))
-        lines += [multiply(sums[0], table[0], high), multiply(sums[1], table[0], low), multiply(sums[1], table[1], high)]
+        lines += [
+            multiply(sums[0], table[0], high),
+            multiply(sums[1], table[0], low),
+            multiply(sums[1], table[1], high),
+        ]
     lines += [f"add.f32 ${i}, c{i}, c{i + 4};" for i in range(4)]
     return "{\n" + "\n".join(lines) + "\n}", ",".join(["=f"] * 4 + ["l"] + ["r"] * len(b))
 
@@ -133,9 +137,7 @@ def _mean_products(queries, means, DIM: tl.constexpr):
         words = words + queries[4 * k : 4 * k + 4] + means[2 * k : 2 * k + 2]
     ASSEMBLY: tl.constexpr = piece(_MEANS, 0, DIM)
     CONSTRAINTS: tl.constexpr = piece(_MEANS, 1, DIM)
-    return tl.inline_asm_elementwise(
-        ASSEMBLY, CONSTRAINTS, words, dtype=(tl.float32, tl.float32), is_pure=True, pack=1
-    )
+    return tl.inline_asm_elementwise(ASSEMBLY, CONSTRAINTS, words, dtype=(tl.float32, tl.float32), is_pure=True, pack=1)
 
 
 @triton.jit
@@ -270,9 +272,7 @@ def store_bias_of_tail(
         end = tl.minimum(tl.where(run == 0, sinks, tl.where(run == 1, behind, slots)), first_slot + 64)
         if begin < end:
             position = first_slot + tl.where(run == 0, 0, turns - tl.where(run == 1, 0, slots - sinks)) + 0 * thread
-            span = span_of_bias(
-                position, coefficients, frequencies, steps, constant, PAIRS_PADDED, QUICK, FAST
-            )
+            span = span_of_bias(position, coefficients, frequencies, steps, constant, PAIRS_PADDED, QUICK, FAST)
             s0, s1, s2, s3 = bias_in_span(thread // 32, span, table, PAIRS_PADDED, FAST)
             slot = first_slot + thread // 32 * 16 + thread % 32 // 4
             row = thread % 4 * 2
