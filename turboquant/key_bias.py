@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from turboquant.errors import ShapeError
-from turboquant.ops.attend.bias import SPAN_TOKENS, padded_pairs
+from turboquant.ops.attend.bias import PAIRS_TOGETHER, SPAN_TOKENS, padded_pairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ class KeyBias:
     def table_nbytes(self) -> int:
         """Bytes of what the kernels read besides the bias (ops/attend/bias.py)."""
         padded = padded_pairs(self.inverse_frequencies.numel())
-        return padded * 8 + 2 * SPAN_TOKENS * 2 * padded * 2 + 3 * padded * 4
+        return padded * 8 + 2 * SPAN_TOKENS * 2 * (padded + PAIRS_TOGETHER) * 2 + padded * 4
 
     def to(self, device: torch.device) -> "KeyBias":
         """The same bias on `device`."""
