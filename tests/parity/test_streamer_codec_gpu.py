@@ -84,9 +84,8 @@ def test_packing_for_a_run_gives_its_memory_back(random_checkpoint: Callable[...
     """Page-locked memory, too, which torch would keep: the run's plan does not count it."""
 
     def held() -> tuple[int, int]:
-        host = torch.cuda.host_memory_stats()
-        most = max(int(value) for name, value in host.items() if name.endswith("bytes.current"))
-        return most, torch.cuda.memory_reserved()
+        # what torch owns; what it says is in use stays high in some releases (pytorch/pytorch#182404)
+        return int(torch.cuda.host_memory_stats()["allocated_bytes.current"]), torch.cuda.memory_reserved()
 
     folder = random_checkpoint("qwen2", **(SHAPE | {"hidden_size": 512, "intermediate_size": 2048}))
     torch.zeros(1 << 20, dtype=torch.uint8).pin_memory().cuda()
@@ -152,7 +151,9 @@ def test_peak_memory_stays_below_the_prediction(random_checkpoint: Callable[...,
         dtype="bfloat16",
     )
     pack(folder, packed_dir(), threads=2)
-    torch.ones(2, 2, device="cuda") @ torch.ones(2, 2, device="cuda")  # cuBLAS keeps a workspace from here on
+    # cuBLAS and cuBLASLt, which adds biases, keep workspaces from here on
+    square = torch.ones(16, 16, dtype=torch.bfloat16, device="cuda")
+    torch.nn.functional.linear(square @ square, square, square[0])
     for resident in (0, 3):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

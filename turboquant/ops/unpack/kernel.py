@@ -284,8 +284,8 @@ def decode_fields(
     registers += 12 * (PLANES - 1) + 4 * (planes_held - 1)
     j = tl.arange(0, QUARTER_PADDED)
     EIGHTH: tl.constexpr = QUARTER // 2
-    if ON_GPU:
-        # 4 neighbouring bytes share a register; its lowest byte alone says by how much to multiply
+    if ON_GPU and QUARTER_PADDED >= 4:
+        # 4 neighbouring bytes of a vector share a register; its lowest byte alone says by how much to multiply
         factor = tl.where(j % 4 == 0, tl.where(j >= EIGHTH, 4, 1), 0).to(tl.uint8)
         # a register may have bytes of both halves, where a thread has less than 4 neighbours or halves are odd
         if EIGHTH % 4 != 0 or N * QUARTER_PADDED < 4 * 32 * WARPS:
