@@ -154,6 +154,9 @@ FRAGMENTS: list[dict[str, Any]] = [
     {"queries": 8, "heads_per_group": 1, "lengths": (200,), "value_scale": 3e3},
     {"has_bias": True, "sinks": 100, "key_dim": 64, "lengths": (300,)},
     {"has_bias": True, "sinks": 300, "key_dim": 64, "lengths": (600,)},
+    {"is_aged": True, "lengths": (700,)},
+    {"is_aged": True, "has_bias": True, "key_bits": 4, "value_bits": 3, "lengths": (600,), "heads_per_group": 5},
+    {"is_aged": True, "key_bits": 2, "value_bits": 4, "key_dim": 64, "value_dim": 128, "groups": 2, "queries": 3},
 ]
 
 

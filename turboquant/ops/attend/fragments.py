@@ -28,7 +28,7 @@ from turboquant.ops.attend.lanes import (
     transposed,
     words_at,
 )
-from turboquant.ops.attend.parts import capped
+from turboquant.ops.attend.parts import capped, place
 from turboquant.ops.attend.terms import bias_in_span, span_of_bias, zero_again
 from turboquant.ops.unpack.kernel import DecoderRegisters, decoder, in_vector_register
 
@@ -141,28 +141,49 @@ def _load_queries(q, t, is_row, QUARTER: tl.constexpr):
 
 
 @triton.jit
-def _load_token(plane, bit_plane, mask, QUARTER: tl.constexpr, PLANES: tl.constexpr):
+def _bits_at(held, QUARTER: tl.constexpr, IS_MIXED: tl.constexpr):
+    """Where the two 1-bit planes begin behind plane 0; of one that is missing anything may be read."""
+    first = 64 * QUARTER
+    second = 64 * (QUARTER + QUARTER // 2)
+    if IS_MIXED:
+        first = tl.where(held >= 2, first, 0)
+        second = tl.where(held >= 3, second, 0)
+    return first, second
+
+
+@triton.jit
+def _load_token(plane, bits, bits_at, mask, QUARTER: tl.constexpr, PLANES: tl.constexpr):
     """A thread's quarter of a token's planes: words of plane 0, then of each 1-bit plane."""
     OWN: tl.constexpr = QUARTER // 4
     words = words_at(plane, mask, OWN)
-    for p in tl.static_range(1, PLANES):
-        words = words + words_at(bit_plane + 64 * (QUARTER // 2) * (p - 1), mask, OWN)
+    for p in tl.static_range(0, PLANES - 1):
+        words = words + words_at(bits + bits_at[p], mask, OWN)
     return words
 
 
 @triton.jit
-def _load_keys(record, first, thread, mask, AT: tl.constexpr, QUARTER: tl.constexpr, PLANES: tl.constexpr):
+def _load_keys(
+    side,
+    held,
+    first,
+    thread,
+    mask,
+    AT: tl.constexpr,
+    QUARTER: tl.constexpr,
+    PLANES: tl.constexpr,
+    IS_MIXED: tl.constexpr,
+):
     """A thread's part of the keys of tokens `first` + g and 8 further, and their scales; planes begin at AT."""
     g = thread % 32 // 4
     t = thread % 4
     HALF: tl.constexpr = QUARTER // 2
     # what depends on the thread is added once, and what remains of an address is a constant
-    plane = record + ((first + g) * QUARTER + t * (QUARTER // 4))
-    bits = record + ((first + g) * HALF + t % 2 * (QUARTER // 4))
-    scales = record + 2 * (first + g)
-    BITS_AT: tl.constexpr = AT + 64 * QUARTER
-    words = _load_token(plane + AT, bits + BITS_AT, mask, QUARTER, PLANES)
-    words = words + _load_token(plane + (AT + 8 * QUARTER), bits + (BITS_AT + 8 * HALF), mask, QUARTER, PLANES)
+    plane = side + ((first + g) * QUARTER + t * (QUARTER // 4))
+    bits = side + ((first + g) * HALF + t % 2 * (QUARTER // 4))
+    scales = side + 2 * (first + g)
+    at = _bits_at(held, QUARTER, IS_MIXED)
+    words = _load_token(plane + AT, bits + AT, at, mask, QUARTER, PLANES)
+    words = words + _load_token(plane + (AT + 8 * QUARTER), bits + (AT + 8 * HALF), at, mask, QUARTER, PLANES)
     return words + words_at(scales, mask, 2) + words_at(scales + 16, mask, 2)
 
 
@@ -180,19 +201,20 @@ def _load_plane(plane, mask, ROW: tl.constexpr, OWN: tl.constexpr):
 
 
 @triton.jit
-def _load_values(record, first, thread, mask, AT: tl.constexpr, QUARTER: tl.constexpr, PLANES: tl.constexpr):
-    """A thread's part of the values of 16 tokens from `first` on, and the scales of two; a side begins at AT."""
+def _load_values(side, held, first, thread, mask, QUARTER: tl.constexpr, PLANES: tl.constexpr, IS_MIXED: tl.constexpr):
+    """A thread's part of the values of 16 tokens from `first` on, and the scales of two."""
     own = first + 2 * (thread % 4)
     g = thread % 32 // 4
     HALF: tl.constexpr = QUARTER // 2
     EIGHTH: tl.constexpr = QUARTER // 8
-    plane = record + (own * QUARTER + g * EIGHTH)
-    bits = record + (own * HALF + g % 4 * EIGHTH)
-    scales = record + 2 * (first + g)
-    words = _load_plane(plane + (AT + 128), mask, QUARTER, EIGHTH)
-    for p in tl.static_range(1, PLANES):
-        words = words + _load_plane(bits + (AT + 128 + 64 * QUARTER + 64 * HALF * (p - 1)), mask, HALF, EIGHTH)
-    return words + words_at(scales + AT, mask, 2) + words_at(scales + (AT + 16), mask, 2)
+    plane = side + (own * QUARTER + g * EIGHTH)
+    bits = side + (own * HALF + g % 4 * EIGHTH)
+    scales = side + 2 * (first + g)
+    at = _bits_at(held, QUARTER, IS_MIXED)
+    words = _load_plane(plane + 128, mask, QUARTER, EIGHTH)
+    for p in tl.static_range(0, PLANES - 1):
+        words = words + _load_plane(bits + 128 + at[p], mask, HALF, EIGHTH)
+    return words + words_at(scales, mask, 2) + words_at(scales + 16, mask, 2)
 
 
 @triton.jit
@@ -209,9 +231,11 @@ def _share_of_warp(u, first, count, warp, IN_RUNS: tl.constexpr):
 
 
 @triton.jit
-def _table(registers, PLANES: tl.constexpr):
-    """The permute table of codes of PLANES planes, and the signs, as the assembly takes them."""
-    own = registers + (12 * (PLANES - 1) + 4 * (PLANES - 1))
+def _table(registers, held, PLANES: tl.constexpr):
+    """The permute table of codes of PLANES planes, of which `held` are there, and the signs, as the assembly takes
+    them.
+    """
+    own = registers + (12 * (PLANES - 1) + 4 * (held - 1))
     return (
         in_vector_register(tl.load(own)),
         in_vector_register(tl.load(own + 1)),
@@ -296,6 +320,7 @@ def attend_fragments(
     VALUE_PLANES: tl.constexpr,
     KEY_BYTES: tl.constexpr,
     VALUE_BYTES: tl.constexpr,
+    IS_MIXED: tl.constexpr,
     HAS_MEANS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -320,26 +345,25 @@ def attend_fragments(
     SUMS: tl.constexpr = VALUE_QUARTER
 
     queries = _load_queries(q, t, is_row, KEY_QUARTER)
-    key_table = _table(registers, KEY_PLANES) + (t // 2 * 3 + 1,)
-    value_table = _table(registers, VALUE_PLANES) + (g // 4 * 3 + 1,)
+    key_table = _table(registers, KEY_PLANES, KEY_PLANES) + (t // 2 * 3 + 1,)
+    value_table = _table(registers, VALUE_PLANES, VALUE_PLANES) + (g // 4 * 3 + 1,)
     top0 = tl.full((32 * 4,), -1e30, tl.float32)
     top1 = top0
     mass0 = tl.zeros((32 * 4,), tl.float32)
     mass1 = mass0
     sums = (tl.zeros((32 * 4,), tl.float32),) * SUMS
 
-    # a side's bytes but for its 1-bit planes, and those
     KEYS_AT: tl.constexpr = 128 + (2 * KEY_DIM if HAS_MEANS else 0)
-    VALUES_AT: tl.constexpr = KEY_BYTES + (KEY_PLANES - 1) * (32 * KEY_QUARTER)
-    HEAD_BYTES: tl.constexpr = VALUES_AT + VALUE_BYTES + (VALUE_PLANES - 1) * (32 * VALUE_QUARTER)
-    own_anchor = anchor + head * HEAD_BYTES
     warp = thread // 32
     count = tl.maximum(last - first, 0)
     block, token = _share_of_warp(0, first, count, warp, HAS_BIAS)
     is_left = 0 * thread < count
-    record = own_anchor + (tl.load(entries + block, mask=0 * block < count, other=0) & -16)
-    keys = _load_keys(record, token, thread, is_left, KEYS_AT, KEY_QUARTER, KEY_PLANES)
-    values = _load_values(record, token, thread, is_left, VALUES_AT, VALUE_QUARTER, VALUE_PLANES)
+    entry = tl.load(entries + block, mask=0 * block < count, other=0)
+    keys_at, values_at, held_keys, held_values = place(
+        anchor, entry, head, KEY_BYTES, VALUE_BYTES, KEY_QUARTER, VALUE_QUARTER, KEY_PLANES, VALUE_PLANES, IS_MIXED
+    )
+    keys = _load_keys(keys_at, held_keys, token, thread, is_left, KEYS_AT, KEY_QUARTER, KEY_PLANES, IS_MIXED)
+    values = _load_values(values_at, held_values, token, thread, is_left, VALUE_QUARTER, VALUE_PLANES, IS_MIXED)
     is_row0 = 2 * t < rows
     is_row1 = 2 * t + 1 < rows
     if HAS_MEANS:
@@ -367,11 +391,16 @@ def attend_fragments(
                 queries = _load_queries(q, t + zero_again(u + 0 * t), is_row, KEY_QUARTER)
             KEY_ASSEMBLY: tl.constexpr = piece(_SCORES, 0, KEY_PLANES, KEY_QUARTER)
             KEY_CONSTRAINTS: tl.constexpr = piece(_SCORES, 1, KEY_PLANES, KEY_QUARTER)
+            own_key_table = key_table
+            own_value_table = value_table
+            if IS_MIXED:
+                own_key_table = _table(registers, held_keys, KEY_PLANES) + (t // 2 * 3 + 1,)
+                own_value_table = _table(registers, held_values, VALUE_PLANES) + (g // 4 * 3 + 1,)
             # of the first token in an even and an odd row, and of the second one
             s0, s1, s2, s3 = tl.inline_asm_elementwise(
                 KEY_ASSEMBLY,
                 KEY_CONSTRAINTS,
-                key_table + queries + keys[: 2 * KEYS],
+                own_key_table + queries + keys[: 2 * KEYS],
                 dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
                 is_pure=True,
                 pack=1,
@@ -384,9 +413,20 @@ def attend_fragments(
             if IS_CAUSAL:
                 at = sinks + 64 * block + token + g
             block, token = _share_of_warp(u + 1, first, count, warp, HAS_BIAS)
-            record = own_anchor + (entry & -16)
+            keys_at, values_at, held_keys, held_values = place(
+                anchor,
+                entry,
+                head,
+                KEY_BYTES,
+                VALUE_BYTES,
+                KEY_QUARTER,
+                VALUE_QUARTER,
+                KEY_PLANES,
+                VALUE_PLANES,
+                IS_MIXED,
+            )
             is_left = 0 * thread + (u + 1) < count
-            keys = _load_keys(record, token, thread, is_left, KEYS_AT, KEY_QUARTER, KEY_PLANES)
+            keys = _load_keys(keys_at, held_keys, token, thread, is_left, KEYS_AT, KEY_QUARTER, KEY_PLANES, IS_MIXED)
             behind, _ = _share_of_warp(u + 2, first, count, warp, HAS_BIAS)
             entry = tl.load(entries + behind, mask=0 * behind + (u + 2) < count, other=0)
             s0 *= k0 * row_scale[0]
@@ -444,12 +484,12 @@ def attend_fragments(
             sums = tl.inline_asm_elementwise(
                 VALUE_ASSEMBLY,
                 VALUE_CONSTRAINTS,
-                value_table + weights + (has_grown, shrink0, shrink1) + values[:VALUES] + sums,
+                own_value_table + weights + (has_grown, shrink0, shrink1) + values[:VALUES] + sums,
                 dtype=(tl.float32,) * SUMS,
                 is_pure=True,
                 pack=1,
             )
-            values = _load_values(record, token, thread, is_left, VALUES_AT, VALUE_QUARTER, VALUE_PLANES)
+            values = _load_values(values_at, held_values, token, thread, is_left, VALUE_QUARTER, VALUE_PLANES, IS_MIXED)
 
     # the four warps, and of a row's mass eight threads
     best0 = _most_of_row(top0)

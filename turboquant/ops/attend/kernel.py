@@ -509,10 +509,6 @@ def _attend_split(
     first = split * share
     last = tl.minimum(first + share, blocks)
     entries = table + b.to(tl.int64) * table_stride
-    # a head's share of a record with all of its planes
-    HEAD_BYTES: tl.constexpr = (
-        KEY_BYTES + VALUE_BYTES + (KEY_PLANES - 1) * (32 * KEY_QUARTER) + (VALUE_PLANES - 1) * (32 * VALUE_QUARTER)
-    )
     join_launches(OVERLAPS)
     if IN_FRAGMENTS:
         # of thread (g, t) row g, then rows 2 t and 2 t + 1, see `attend_fragments`
@@ -542,15 +538,22 @@ def _attend_split(
         if IN_FRAGMENTS:
             if HAS_MEANS:
                 store_means(
-                    anchor + bg % groups * HEAD_BYTES,
+                    anchor,
                     entries,
                     first,
                     last,
+                    bg % groups,
                     q + own * (4 * KEY_QUARTER_PADDED),
                     is_own,
                     own_scale,
                     terms + own * terms_stride + terms_means,
                     KEY_DIM,
+                    VALUE_QUARTER,
+                    KEY_PLANES,
+                    VALUE_PLANES,
+                    KEY_BYTES,
+                    VALUE_BYTES,
+                    IS_MIXED,
                 )
                 tl.debug_barrier()  # other threads read what these have stored
             attend_fragments(
@@ -584,6 +587,7 @@ def _attend_split(
                 VALUE_PLANES,
                 KEY_BYTES,
                 VALUE_BYTES,
+                IS_MIXED,
                 HAS_MEANS,
                 HAS_BIAS,
                 HAS_SOFTCAP,
@@ -711,14 +715,13 @@ def launch_for(device: torch.device, rows: int, width: int, *, in_fragments: boo
     return next((launch for most, widest, launch in entries if rows <= most and width <= widest), entries[-1][2])
 
 
-def _fits_fragments(packed: PackedTokens, rows: int, pairs: int, *, is_mixed: bool, skips: bool) -> bool:
+def _fits_fragments(packed: PackedTokens, rows: int, pairs: int, *, skips: bool) -> bool:
     """Whether `attend_fragments` serves this call."""
     sides = (packed.layout.key, packed.layout.value)
     return (
         RUNS_ASSEMBLY
         and rows <= FRAGMENT_ROWS
         and pairs in PAIRS
-        and not is_mixed
         and not skips
         and all(side.num_planes > 0 and side.dim // 4 in QUARTERS and side.dim % 4 == 0 for side in sides)
     )
@@ -758,7 +761,7 @@ def attend_packed(
     halves = torch.empty_like(rotated, dtype=torch.float16)
     factor = torch.empty(batch * groups * rows, 4, dtype=torch.float32, device=device)
     pairs_padded = bias.frequencies.shape[0] if bias is not None else 16
-    in_fragments = _fits_fragments(packed, rows, pairs_padded, is_mixed=is_mixed, skips=skip_below > 0)
+    in_fragments = _fits_fragments(packed, rows, pairs_padded, skips=skip_below > 0)
     overlaps = capability(device) >= _OVERLAPS_FROM
     launch = launch or launch_for(device, rows, max(key_dim, value_dim), in_fragments=in_fragments)
     coefficients = (

@@ -19,7 +19,7 @@ from turboquant.ops.attend.lanes import (
     piece,
     two_floats,
 )
-from turboquant.ops.attend.parts import turned_back
+from turboquant.ops.attend.parts import place, turned_back
 
 SPAN = tl.constexpr(SPAN_TOKENS)
 PAIRS = (16, 32, 64)  # padded, that are served: operands of more would not fit the registers
@@ -119,12 +119,12 @@ def _queries(q, is_row, t, DIM: tl.constexpr):
 
 
 @triton.jit
-def _load_means(anchor, entry, t, DIM: tl.constexpr):
-    """A block's mean, 4 of every 16 float16 a thread. anchor: of the head; entry: 0 gives zeros."""
-    mean = anchor + (entry & -16) + 128 + 8 * t
+def _load_means(record, is_there, t, DIM: tl.constexpr):
+    """A block's mean, 4 of every 16 float16 a thread. record: where the head's share of it begins."""
+    mean = record + (128 + 8 * t)
     words = ()
     for k in tl.static_range(0, DIM // 16):
-        both = tl.load((mean + 32 * k).to(tl.pointer_type(tl.int64)), mask=entry != 0, other=0)
+        both = tl.load((mean + 32 * k).to(tl.pointer_type(tl.int64)), mask=is_there, other=0)
         words = words + (both.to(tl.int32), (both >> 32).to(tl.int32))
     return words
 
@@ -141,10 +141,27 @@ def _mean_products(queries, means, DIM: tl.constexpr):
 
 
 @triton.jit
-def store_means(anchor, entries, first, last, q, is_row, row_scale, out, KEY_DIM: tl.constexpr):
+def store_means(
+    anchor,
+    entries,
+    first,
+    last,
+    head,
+    q,
+    is_row,
+    row_scale,
+    out,
+    KEY_DIM: tl.constexpr,
+    VALUE_QUARTER: tl.constexpr,
+    KEY_PLANES: tl.constexpr,
+    VALUE_PLANES: tl.constexpr,
+    KEY_BYTES: tl.constexpr,
+    VALUE_BYTES: tl.constexpr,
+    IS_MIXED: tl.constexpr,
+):
     """What the means of blocks [first, last) add to the scores of their tokens.
 
-    anchor: of the head. q, row_scale, out, is_row: [128], of thread (g, t)'s row g; out points to its block 0.
+    q, row_scale, out, is_row: [128], of thread (g, t)'s row g; out points to its block 0.
     """
     thread = tl.arange(0, 32 * 4)
     g = thread % 32 // 4
@@ -153,8 +170,20 @@ def store_means(anchor, entries, first, last, q, is_row, row_scale, out, KEY_DIM
     # a warp multiplies 8 blocks at once
     for start in tl.range(first, last, 32, num_stages=1):
         column = start + thread // 32 * 8
-        entry = tl.load(entries + column + g, mask=column + g < last, other=0)
-        even, odd = _mean_products(queries, _load_means(anchor, entry, t, KEY_DIM), KEY_DIM)
+        is_there = column + g < last
+        record, _, _, _ = place(
+            anchor,
+            tl.load(entries + column + g, mask=is_there, other=0),
+            head,
+            KEY_BYTES,
+            VALUE_BYTES,
+            KEY_DIM // 4,
+            VALUE_QUARTER,
+            KEY_PLANES,
+            VALUE_PLANES,
+            IS_MIXED,
+        )
+        even, odd = _mean_products(queries, _load_means(record, is_there, t, KEY_DIM), KEY_DIM)
         column += 2 * t
         tl.store(out + column, even * row_scale, mask=is_row & (column < last))
         tl.store(out + column + 1, odd * row_scale, mask=is_row & (column + 1 < last))
