@@ -158,9 +158,6 @@ class _Warp:
                 parts = wide[:, 0].copy(), wide[:, 1].copy()
             self.write(low, parts[0])
             self.write(high, parts[1])
-        elif kind[0] == "mov" and arguments[0].startswith("{"):
-            low, high = (self.word(one).astype(np.uint64) for one in arguments[0].strip("{}").split(", "))
-            self.write(to, low | high << np.uint64(32))
         elif kind[0] == "ld":
             place, _, offset = arguments[0].strip("[]").partition(" + ")
             addresses = self.read(place).astype(np.uint64) + np.uint64(int(offset or 0))
@@ -176,10 +173,8 @@ class _Warp:
             self.write(to, low.astype(np.uint32) | high.astype(np.uint32) << np.uint32(16))
         elif kind[0] == "cvt":
             self.write(to, _bits(self.read(arguments[0]).astype(np.uint16).view(np.float16)))
-        elif kind[0] == "shfl":
-            value, by = self.word(arguments[0]), self.word(arguments[1])
-            lane = np.arange(LANES)
-            self.write(to, value[lane ^ by if kind[2] == "bfly" else by])
+        elif kind[:3] == ["shfl", "sync", "bfly"]:
+            self.write(to, self.word(arguments[0])[np.arange(LANES) ^ self.word(arguments[1])])
         elif kind[0] == "vote":
             self.write(to, np.full(LANES, self.read(arguments[0]).astype(bool).any()))
         elif kind[0] == "setp":
@@ -191,7 +186,7 @@ class _Warp:
             self.write(to, _bits({"cos": np.cos, "sin": np.sin}[kind[0]](_float(self.word(arguments[0])))))
         elif kind[-1] == "f32" and kind[0] != "mov":
             a, b = (_float(self.word(one)) for one in arguments)
-            function = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "max": np.fmax}[kind[0]]
+            function = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[kind[0]]
             self.write(to, _bits(function(a, b)))
         else:
             self.write(to, self.integer(kind, [self.word(one) for one in arguments], arguments))

@@ -147,9 +147,14 @@ def make_layer(case: Case, device: str = "cpu") -> Layer:
     end, stride = flat[0].numel(), layout.nbytes
     placed: list[list[tuple[int, BlockLayout]]] = [[(record * stride, layout) for record in own] for own in ids]
     if case.is_aged:
-        aged = layout.with_bits(*(bits if bits == 16 else 2 for bits in (case.key_bits, case.value_bits)))
+        # the oldest third by all but one plane, the next by one
+        steps = [
+            layout.with_bits(*(bits if bits == 16 else least(bits) for bits in (case.key_bits, case.value_bits)))
+            for least in (lambda bits: 2, lambda bits: max(bits - 1, 2))
+        ]
         for own, row in zip(ids, placed, strict=True):
             for k, record in enumerate(own[: len(own) * 2 // 3]):
+                aged = steps[k >= len(own) // 3]
                 flat.append(torch.full((aged.nbytes,), 0xFF, dtype=torch.uint8))
                 age_records(records[record : record + 1], layout, flat[-1][None], aged)
                 row[k] = (end, aged)

@@ -154,6 +154,8 @@ FRAGMENTS: list[dict[str, Any]] = [
     {"queries": 8, "heads_per_group": 1, "lengths": (200,), "value_scale": 3e3},
     {"has_bias": True, "sinks": 100, "key_dim": 64, "lengths": (300,)},
     {"has_bias": True, "sinks": 300, "key_dim": 64, "lengths": (600,)},
+    {"window": 0, "sinks": 0, "queries": 8, "heads_per_group": 1, "lengths": (128,)},  # queries within a block
+    {"has_bias": True, "rotary_dim": 64, "softcap": 20.0},  # a constant on all tokens shows through a cap alone
     {"is_aged": True, "lengths": (700,)},
     {"is_aged": True, "has_bias": True, "key_bits": 4, "value_bits": 3, "lengths": (600,), "heads_per_group": 5},
     {"is_aged": True, "key_bits": 2, "value_bits": 4, "key_dim": 64, "value_dim": 128, "groups": 2, "queries": 3},
@@ -167,14 +169,14 @@ def emulated_assembly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield from emulated(monkeypatch)
 
 
-# Multiprocessors that a call is spread over: where few programs share many tokens, each of their warps takes key terms
-# of its own spans, several rounds of it.
+# Multiprocessors that a call is spread over: where few programs share many tokens, each of their warps takes several
+# spans of a key bias, and several rounds of block means.
 @pytest.mark.usefixtures("emulated_assembly")
 @pytest.mark.parametrize(
     ("case", "processors"),
     [(case, 4) for case in FRAGMENTS]
     + [(case, 1) for case in FRAGMENTS if {"window", "sinks"} & case.keys()]
-    + [({"has_bias": True, "lengths": (1350,), "key_dim": 64, "heads_per_group": 2}, 1)],
+    + [({"has_bias": has_bias, "lengths": (2250,), "key_dim": 64, "heads_per_group": 2}, 1) for has_bias in (0, 1)],
     ids=lambda value: name_of(value) if isinstance(value, dict) else f"processors={value}",
 )
 def test_fragments_emulated(case: dict[str, Any], processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,6 +191,49 @@ def test_fragments_on_a_gpu(case: dict[str, Any], processors: int | None, monkey
     if processors is not None:
         monkeypatch.setattr(kernel, "multiprocessors", lambda device: processors)
     check(Case(**({"groups": 2, "dtype": torch.float32} | case | {"lengths": (9000, 0, 3001)})), "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_captured", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_launches_that_overlap_change_nothing(
+    has_bias: bool, is_captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls in a row, each with other queries and one token more, by launches that overlap and by some that do not."""
+    # poisoning is a launch of its own between ours
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    layer = make_layer(Case(groups=2, lengths=(900,), has_bias=has_bias, dtype=torch.bfloat16), "cuda")
+    for tail in (layer.packed.key_tail, layer.packed.value_tail):
+        tail.normal_()  # slots that are still empty are read as well
+    bias = layer.key_bias
+    terms = bias_terms(bias.bias, bias.inverse_frequencies, bias.scaling, bias.interleaved) if bias else None
+    matrices = tuple(rotation.matrix("cuda") for rotation in layer.rotations)
+    queries = [torch.randn_like(layer.q) for _ in range(50)]
+    lengths = layer.packed.lengths.clone()
+
+    def calls() -> list[torch.Tensor]:
+        found = []
+        for q in queries:
+            found.append(attend_packed(q, layer.packed, matrices, terms, scale=0.1, most_blocks=layer.most_blocks))
+            layer.packed.lengths.add_(1)
+        return found
+
+    def answers(overlaps_from: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(kernel, "_OVERLAPS_FROM", overlaps_from)
+        layer.packed.lengths.copy_(lengths)
+        found = calls()
+        if is_captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                found = calls()
+            layer.packed.lengths.copy_(lengths)
+            graph.replay()
+        torch.cuda.synchronize()
+        return [out.clone() for out in found]
+
+    wanted = answers(1000)
+    for _ in range(4):
+        assert all(torch.equal(a, b) for a, b in zip(answers(90), wanted, strict=True))
 
 
 @triton.jit

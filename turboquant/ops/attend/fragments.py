@@ -11,8 +11,9 @@ what it multiplies:
              and 2 t + 9 an eighth of the bytes, the g-th, and their weights in row g: the scores' matrix transposed,
              which is one instruction
 
-So nothing goes through shared memory, and no thread waits for another. Each of 4 warps takes 16 tokens of a block
-and keeps a softmax of its own; they meet behind the loop. Triton's interpreter runs it where a test lends it the PTX.
+So nothing goes through shared memory, and no thread waits for another. Each of 4 warps takes 16 tokens of every block,
+or a quarter of all in a row where there is a key bias, and keeps a softmax of its own; they meet behind the loop.
+Triton's interpreter runs it where a test lends it the PTX.
 """
 
 import triton

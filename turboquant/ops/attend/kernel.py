@@ -500,8 +500,9 @@ def _attend_split(
     r = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     is_row = r < rows
     at = bg.to(tl.int64) * rows + r
-    length = tl.load(lengths + b)
-    blocks = tl.maximum(tl.load(coded + b), (length - sinks - window) // 64)
+    # past the L1: what an earlier launch has changed is read before the wait
+    length = tl.load(lengths + b, cache_modifier=".cg")
+    blocks = tl.maximum(tl.load(coded + b, cache_modifier=".cg"), (length - sinks - window) // 64)
     to = (bg.to(tl.int64) * tl.num_programs(0) + split) * rows
     # a query that was padding sees the first token
     position = tl.maximum(length - tokens + r % tokens, 0)
@@ -525,10 +526,10 @@ def _attend_split(
         # both are multiplied together
         own_constant /= tl.where(own_bias_scale != 0, own_bias_scale, 1.0)
         even_scale, even_bias_scale, _ = row_factors(
-            factor, first_row + even, even < rows, scale, bias_scaling, HAS_BIAS, HAS_SOFTCAP
+            factor, first_row + even, True, scale, bias_scaling, HAS_BIAS, HAS_SOFTCAP
         )
         odd_scale, odd_bias_scale, _ = row_factors(
-            factor, first_row + odd, odd < rows, scale, bias_scaling, HAS_BIAS, HAS_SOFTCAP
+            factor, first_row + odd, True, scale, bias_scaling, HAS_BIAS, HAS_SOFTCAP
         )
         even_terms = terms + (first_row + even) * terms_stride
         odd_terms = terms + (first_row + odd) * terms_stride
@@ -756,12 +757,11 @@ def attend_packed(
     device = q.device
     key_quarter = _padded_quarter(key_dim)
     value_quarter = _padded_quarter(value_dim)
-    # [rows, width] float32: enough for every launch, smaller than one layer's queries times four
     rotated = torch.empty(batch * groups * rows, 4 * key_quarter, dtype=torch.float32, device=device)
-    halves = torch.empty_like(rotated, dtype=torch.float16)
     factor = torch.empty(batch * groups * rows, 4, dtype=torch.float32, device=device)
     pairs_padded = bias.frequencies.shape[0] if bias is not None else 16
     in_fragments = _fits_fragments(packed, rows, pairs_padded, skips=skip_below > 0)
+    halves = torch.empty_like(rotated, dtype=torch.float16) if in_fragments else rotated
     overlaps = capability(device) >= _OVERLAPS_FROM
     launch = launch or launch_for(device, rows, max(key_dim, value_dim), in_fragments=in_fragments)
     coefficients = (
@@ -788,6 +788,7 @@ def attend_packed(
         DIM_PADDED=triton.next_power_of_2(key_dim),
         QUARTER=key_dim // 4,
         QUARTER_PADDED=key_quarter,
+        HAS_HALVES=in_fragments,
         PAIRS=bias.pairs if bias is not None else -1,
         PAIRS_PADDED=pairs_padded,
         INTERLEAVED=bias is not None and bias.interleaved,

@@ -64,13 +64,14 @@ def prepare_rows(
     DIM_PADDED: tl.constexpr,
     QUARTER: tl.constexpr,
     QUARTER_PADDED: tl.constexpr,
+    HAS_HALVES: tl.constexpr,
     PAIRS: tl.constexpr,
     PAIRS_PADDED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     CHUNK: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """One query row: CHUNK coordinates of it rotated to length 1, each quarter padded, as float32 and as float16.
+    """One query row: CHUNK coordinates of it rotated to length 1, each quarter padded; HAS_HALVES: as float16, too.
 
     The first chunk's program also stores its length and its share of the key bias.
     """
@@ -96,7 +97,8 @@ def prepare_rows(
     inverse = tl.where(length != length, length, inverse)  # NaN stays
     rotated = tl.sum(part * x[None, :], 1) * inverse
     tl.store(out_q + at * (4 * QUARTER_PADDED) + p, rotated)
-    tl.store(out_half + at * (4 * QUARTER_PADDED) + p, rotated.to(tl.float16))
+    if HAS_HALVES:
+        tl.store(out_half + at * (4 * QUARTER_PADDED) + p, rotated.to(tl.float16))
     if start == 0:
         _share_of_bias(
             source,

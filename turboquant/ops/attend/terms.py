@@ -4,8 +4,9 @@ The bias turns with the position. Within a span of 128 positions its quickly tur
 in a product of matrices; what the slow ones add is a polynomial of the position, of degree 6 (BiasTerms.fast says
 where they begin).
 
-Every tensor has one element for each thread (see lanes.py). Products have tokens in their rows, as the scores', and in
-column g the coefficients of query row g, turned back to the first token of a span: high and low parts apart.
+Every tensor has one element for each thread (see lanes.py). Products that give the bias have tokens in their rows, as
+the scores', and in column g the coefficients of query row g, turned back to the first token of a span: high and low
+parts apart. Those that give means' scores have query rows in their rows, and blocks in their columns.
 """
 
 import triton
