@@ -386,10 +386,9 @@ def attend_fragments(
                 QUICK,
                 FAST,
             )
+            # read again behind it, where registers are short
+            queries = _load_queries(q, t + zero_again(start + 0 * t), is_row, KEY_QUARTER)
         for u in tl.range(start, tl.minimum(start + EACH, count), num_stages=1):
-            if HAS_BIAS:
-                # read again for every 16 tokens: registers are short
-                queries = _load_queries(q, t + zero_again(u + 0 * t), is_row, KEY_QUARTER)
             KEY_ASSEMBLY: tl.constexpr = piece(_SCORES, 0, KEY_PLANES, KEY_QUARTER)
             KEY_CONSTRAINTS: tl.constexpr = piece(_SCORES, 1, KEY_PLANES, KEY_QUARTER)
             own_key_table = key_table
