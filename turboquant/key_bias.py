@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from turboquant.errors import ShapeError
-from turboquant.ops.attend.bias import PAIRS_TOGETHER, SPAN_TOKENS, padded_pairs
+from turboquant.ops.attend.bias import bias_tables
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +49,7 @@ class KeyBias:
     @property
     def table_nbytes(self) -> int:
         """Bytes of what the kernels read besides the bias (ops/attend/bias.py)."""
-        padded = padded_pairs(self.inverse_frequencies.numel())
-        return padded * 8 + 2 * SPAN_TOKENS * 2 * (padded + PAIRS_TOGETHER) * 2 + padded * 4
+        return sum(tensor.nbytes for tensor in bias_tables(self.inverse_frequencies).tensors)
 
     def to(self, device: torch.device) -> "KeyBias":
         """The same bias on `device`."""

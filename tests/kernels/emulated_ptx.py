@@ -175,6 +175,8 @@ class _Warp:
             self.write(to, _bits(self.read(arguments[0]).astype(np.uint16).view(np.float16)))
         elif kind[:3] == ["shfl", "sync", "bfly"]:
             self.write(to, self.word(arguments[0])[np.arange(LANES) ^ self.word(arguments[1])])
+        elif kind[:3] == ["shfl", "sync", "idx"]:
+            self.write(to, self.word(arguments[0])[self.word(arguments[1]) % LANES])
         elif kind[0] == "vote":
             self.write(to, np.full(LANES, self.read(arguments[0]).astype(bool).any()))
         elif kind[0] == "setp":

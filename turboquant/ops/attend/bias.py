@@ -1,94 +1,127 @@
 """BiasTerms: what the attention kernel reads of a layer's key bias."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
+from turboquant.layout import BLOCK_TOKENS
+
 # Tokens for which a query's turned coefficients serve: angles within them come from one table.
-SPAN_TOKENS = 128
+SPAN_TOKENS = 256
 
-# Pairs that a warp reads at once, 4 a thread.
-PAIRS_TOGETHER = 16
+# Terms of the series that stands for the slowly turning pairs: as many as the inner axis of a product holds.
+DEGREES = 16
 
-# Radians over a span: up to them a series of degree 6 gives cos and sin to 1.6e-6 (0.5^7 / 7!).
-_SLOW = 0.5
+# Pairs that one product takes, a cosine and a sine each.
+PAIRS_TOGETHER = 8
 
-# Radians over a block, 64 positions: beyond them cos - 1 is no smaller than cos, and its last digit is larger.
-_QUICK = 1.5
+# How far off the series may be, where a pair's largest share of a score is 1: the last digits of float32.
+_SERIES_ERROR = 3e-7
+
+
+@dataclass(frozen=True, eq=False)
+class BiasTables:
+    """What the kernels read of a rotary embedding, for key biases.
+
+    Attributes:
+        frequencies: [P] int64, turns per position of each rotated pair in units of 2^-64, zeros beyond `pairs`; P is
+            a power of two and at least 16. A product with a position then drops whole turns and keeps all digits.
+        spans: [2, 16, F / 8 + 1, 32, 8] float16: cos and sin of positions -128 to 127 times the frequency of each of
+            the first F pairs, and the Chebyshev polynomials of degree 0 to 15 of the position / 128, as operands.
+        series: [2, (P - F) / 8, 32, 8] float16: those polynomials' factors in cos and sin of the other pairs, within
+            those positions, as one operand whose rows are the degrees.
+        turns: [2, 64, 2 P] float16: cos and sin of positions 0 to 63 times the frequency of each pair, side by side.
+        Each of the last three: first rounded, then what that leaves out. An operand of 16 rows is read by a warp at
+        once: row 8 h + g, pair 8 j + 2 t + k is [.., j, 4 g + t, 4 k + 2 h], its sin behind that; degree 8 k + 2 t + e
+        is [.., F / 8, 4 g + t, 4 k + 2 h + e].
+        fast: F, a multiple of 8: the pairs that turn too quickly for the series, and what lies between them.
+        pairs: rotated pairs.
+    """
+
+    frequencies: torch.Tensor
+    spans: torch.Tensor
+    series: torch.Tensor
+    turns: torch.Tensor
+    fast: int
+    pairs: int
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor held."""
+        return [self.frequencies, self.spans, self.series, self.turns]
 
 
 @dataclass(frozen=True, eq=False)
 class BiasTerms:
-    """A key bias and its rotary embedding, for the kernel.
+    """A key bias and its rotary embedding, for the kernels.
 
     Attributes:
         bias: [G, D] float32, before the rotary embedding.
-        frequencies: [P] int64, turns per position of each rotated pair in units of 2^-64, zeros beyond `pairs`; P is
-            a power of two and at least 16. A product with a position then drops whole turns and keeps all digits.
-        spans: [2, 8, P / 8 + 2, 32, 8] float16: cos, less 1 behind the first `quick` pairs, and sin, side by side, of
-            positions 0 to 127 times the frequency of each pair, as a warp reads them: position 16 i + 8 h + g, pair
-            8 (j - j % 2) + 4 t + 2 (j % 2) + k is [:, i, j, 4 g + t, 4 k + 2 h]; behind the pairs powers 0 to 6 of the
-            position / 128, the same for every t, and 0. First rounded, then what that leaves out.
-        steps: [P] float32: 128 times each frequency, in radians.
-        quick: a multiple of 16, less than P: all these pairs turn by more than 1.5 radians in 64 positions.
-        fast: a multiple of 16, at least 16: no pair behind these turns by more than half a radian in 128 positions.
-        pairs: rotated pairs. interleaved, scaling: see KeyBias.
+        tables: on the device of the bias. interleaved, scaling: see KeyBias.
     """
 
     bias: torch.Tensor
-    frequencies: torch.Tensor
-    spans: torch.Tensor
-    steps: torch.Tensor
-    quick: int
-    fast: int
-    pairs: int
+    tables: BiasTables
     interleaved: bool
     scaling: float
 
 
 def bias_terms(bias: torch.Tensor, inverse_frequencies: torch.Tensor, scaling: float, interleaved: bool) -> BiasTerms:
     """See BiasTerms; inverse_frequencies: [pairs], radians per position. On the device of `bias`."""
-    pairs = inverse_frequencies.numel()
-    padded = padded_pairs(pairs)
+    tables = bias_tables(inverse_frequencies)
+    on_device = BiasTables(*(tensor.to(bias.device) for tensor in tables.tensors), tables.fast, tables.pairs)
+    return BiasTerms(bias, on_device, interleaved, scaling)
+
+
+def bias_tables(inverse_frequencies: torch.Tensor) -> BiasTables:
+    """See BiasTables; on the CPU, made once for all layers with these frequencies, radians per position [pairs]."""
+    return _tables(tuple(inverse_frequencies.double().tolist()))
+
+
+@lru_cache(maxsize=8)
+def _tables(inverse_frequencies: tuple[float, ...]) -> BiasTables:
+    pairs = len(inverse_frequencies)
+    padded = max(16, 1 << max(pairs - 1, 0).bit_length())
     radians = torch.zeros(padded, dtype=torch.float64)
-    radians[:pairs] = inverse_frequencies.double().cpu()
+    radians[:pairs] = torch.tensor(inverse_frequencies, dtype=torch.float64)
     turns = [int(turn * 2.0**64) for turn in (radians / (2 * torch.pi)).tolist()]
     signed = [(turn + (1 << 63)) % (1 << 64) - (1 << 63) for turn in turns]
-    angles = torch.arange(SPAN_TOKENS, dtype=torch.float64)[:, None] * radians
-    step = SPAN_TOKENS * radians
-    quick = _whole(step[:-PAIRS_TOGETHER].abs() > 2 * _QUICK)
-    # sin of half the angle: cos - 1 without cancellation
-    cos = -2 * (angles / 2).sin().square()
-    cos[:, :quick] = angles[:, :quick].cos()
-    table = torch.stack((cos, angles.sin()), dim=-1)  # [positions, P, 2]
-    powers = (torch.arange(SPAN_TOKENS) / SPAN_TOKENS).double()[:, None] ** torch.arange(8)
-    powers[:, 7] = 0
-    powers = powers.view(SPAN_TOKENS, 1, 4, 2).expand(-1, 4, -1, -1).flatten(1, 2)
-    # [tile, half of it, g, sixteenth of the pairs, t, product, pair, cos or sin]
-    apart = torch.cat((table, powers), dim=1).view(8, 2, 8, padded // 16 + 1, 4, 2, 2, 2)
-    ordered = apart.permute(0, 3, 5, 2, 4, 6, 1, 7).reshape(8, padded // 8 + 2, 32, 8)
-    spans = torch.stack((ordered.half(), (ordered - ordered.half()).half()))
-    fast = padded - _whole(step.abs().flip(0) <= _SLOW)
-    frequencies = torch.tensor(signed, dtype=torch.int64)
-    device = bias.device
-    return BiasTerms(
-        bias,
-        frequencies.to(device),
-        spans.to(device),
-        step.float().to(device),
-        quick,
-        max(fast, PAIRS_TOGETHER),
+
+    half = SPAN_TOKENS // 2
+    positions = torch.arange(-half, half, dtype=torch.float64)
+    pair_table = _cos_sin(positions, radians)  # [positions, P, 2]
+    polynomials = torch.cos((positions / half).acos()[:, None] * torch.arange(DEGREES))
+    # cos and sin of all pairs as sums of them, by least squares
+    factors = torch.linalg.lstsq(polynomials, pair_table.flatten(1)).solution
+    error = (polynomials @ factors - pair_table.flatten(1)).abs().amax(0).view(padded, 2).amax(1)
+    too_quick = (error > _SERIES_ERROR).nonzero()
+    fast = 0 if not len(too_quick) else (int(too_quick[-1]) // PAIRS_TOGETHER + 1) * PAIRS_TOGETHER
+
+    degrees = polynomials.view(-1, 1, 2, 4, 2).transpose(2, 3).reshape(-1, PAIRS_TOGETHER, 2)
+    return BiasTables(
+        torch.tensor(signed, dtype=torch.int64),
+        _high_and_low(_as_operands(torch.cat((pair_table[:, :fast], degrees), dim=1))),
+        _high_and_low(_as_operands(factors.view(DEGREES, padded, 2)[:, fast:])[0]),
+        _high_and_low(_cos_sin(torch.arange(BLOCK_TOKENS).double(), radians).flatten(1)),
+        fast,
         pairs,
-        interleaved,
-        scaling,
     )
 
 
-def padded_pairs(pairs: int) -> int:
-    """Rotated pairs as the kernels hold them: a power of two, and at least 16."""
-    return max(16, 1 << max(pairs - 1, 0).bit_length())
+def _cos_sin(positions: torch.Tensor, radians: torch.Tensor) -> torch.Tensor:
+    angles = positions[:, None] * radians
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
-def _whole(holds: torch.Tensor) -> int:
-    """Of how many the first this holds without a gap, in pairs that are read at once."""
-    return int(holds.cumprod(0).sum()) // PAIRS_TOGETHER * PAIRS_TOGETHER
+def _as_operands(x: torch.Tensor) -> torch.Tensor:
+    """[rows, pairs, 2] as operands of mma.m16n8k16, in the order that BiasTables gives: [rows / 16, products, 32, 8]."""
+    rows, pairs, _ = x.shape
+    products = pairs // PAIRS_TOGETHER
+    # [operand, half of it, g, product, t, pair, cos or sin]
+    apart = x.reshape(rows // 16, 2, 8, products, 4, 2, 2)
+    return apart.permute(0, 3, 2, 4, 5, 1, 6).reshape(rows // 16, products, 32, 8)
+
+
+def _high_and_low(x: torch.Tensor) -> torch.Tensor:
+    return torch.stack((x.half(), (x - x.half()).half()))

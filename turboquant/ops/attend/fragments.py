@@ -19,6 +19,7 @@ Triton's interpreter runs it where a test lends it the PTX.
 import triton
 import triton.language as tl
 
+from turboquant.ops.attend.bias import SPAN_TOKENS
 from turboquant.ops.attend.lanes import (
     lower_half,
     most_of_column,
@@ -35,7 +36,7 @@ from turboquant.ops.unpack.kernel import DecoderRegisters, decoder, in_vector_re
 
 # Query rows that a program can hold.
 ROWS = 8
-ROWS_HELD = tl.constexpr(ROWS)
+SPAN = tl.constexpr(SPAN_TOKENS)
 WARPS = 4
 QUARTERS = (16, 32, 64)  # bytes of plane 0, of heads that are served
 
@@ -327,7 +328,6 @@ def attend_fragments(
     HAS_SOFTCAP: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     PAIRS_PADDED: tl.constexpr,
-    QUICK: tl.constexpr,
     FAST: tl.constexpr,
 ):
     """The blocks [first, last) of `entries` for `rows` query rows, at most 8; stores top, mass and weighted sums.
@@ -372,8 +372,8 @@ def attend_fragments(
         mean1 = tl.load(means[1] + block, mask=is_row1 & is_left, other=0)
     next_block, _ = _share_of_warp(1, first, count, warp, HAS_BIAS)
     entry = tl.load(entries + next_block, mask=0 * next_block + 1 < count, other=0)
-    # a warp's tokens are one run where there is a bias, of which 8 times 16 are a span
-    EACH: tl.constexpr = 8 if HAS_BIAS else 1 << 30
+    # a warp's tokens are one run where there is a bias, of which 16 times 16 are a span
+    EACH: tl.constexpr = SPAN // 16 if HAS_BIAS else 1 << 30
     for start in tl.range(0, count, EACH, num_stages=1):
         if HAS_BIAS:
             span = span_of_bias(
@@ -383,7 +383,6 @@ def attend_fragments(
                 bias[2],
                 bias[3],
                 PAIRS_PADDED,
-                QUICK,
                 FAST,
             )
             # read again behind it, where registers are short
@@ -441,7 +440,7 @@ def attend_fragments(
                 mean0 = tl.load(means[0] + block, mask=is_row0 & is_left, other=0)
                 mean1 = tl.load(means[1] + block, mask=is_row1 & is_left, other=0)
             if HAS_BIAS:
-                b0, b1, b2, b3 = bias_in_span(u - start, span, bias_table, PAIRS_PADDED, FAST)
+                b0, b1, b2, b3 = bias_in_span(u - start, span, bias_table, FAST)
                 s0 += b0 * bias_scale[0]
                 s1 += b1 * bias_scale[1]
                 s2 += b2 * bias_scale[0]

@@ -30,6 +30,7 @@ from turboquant.ops.attend.parts import (
     by_row,
     capped,
     dot,
+    high_and_low,
     join_launches,
     mean_quarter,
     no_scores,
@@ -45,7 +46,8 @@ from turboquant.ops.attend.parts import (
 from turboquant.ops.attend.rows import merge_rows, prepare_rows
 from turboquant.ops.attend.terms import PAIRS, store_bias_of_tail, store_means
 from turboquant.ops.devices import capability, is_interpreted, multiprocessors
-from turboquant.ops.unpack.kernel import decode_fields, load_codes, tables
+from turboquant.ops.unpack.kernel import decode_fields, load_codes
+from turboquant.ops.unpack.kernel import tables as decoder_tables
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,6 @@ def _attend_blocks(
     HAS_MEANS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PAIRS_PADDED: tl.constexpr,
-    QUICK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     SKIPS: tl.constexpr,
@@ -217,7 +218,7 @@ def _attend_blocks(
         cos, sin = turned((sinks + 64 * first).to(tl.int64), frequency)
         cos_step, sin_step = turned(tl.full((1,), 64, tl.int64), frequency)
         along_cos, along_sin = turned_back(along_cos, along_sin, cos[None, :], sin[None, :])
-        turns = table_of_block(bias_table, PAIRS_PADDED)
+        turns, turns_low = table_of_block(bias_table, PAIRS_PADDED)
     for block in tl.range(first, last, num_stages=STAGES):
         entry = tl.load(entries + block)
         keys_at, values_at, key_planes, value_planes = place(
@@ -261,9 +262,10 @@ def _attend_blocks(
         s = s * row_scale[:, None]
         if HAS_BIAS:
             both = tl.reshape(tl.join(along_cos, along_sin), (ROWS, 2 * PAIRS_PADDED))
-            bias = add_scores_dense(no_scores(ROWS, SWAP), both, turns, SWAP, ON_GPU)
-            # the table holds cos - 1 of all but quickly turning pairs, which keeps their digits
-            bias = by_row(bias, SWAP) + tl.sum(tl.where(i[None, :] >= QUICK, along_cos, 0), 1)[:, None]
+            high, low = high_and_low(both, tl.float16)
+            bias = add_scores(no_scores(ROWS, SWAP), high, turns, SWAP, ON_GPU)
+            bias = add_scores(bias, low, turns, SWAP, ON_GPU)
+            bias = by_row(add_scores(bias, high, turns_low, SWAP, ON_GPU), SWAP)
             s += bias * bias_scale[:, None] + constant[:, None]
             along_cos, along_sin = turned_back(along_cos, along_sin, cos_step[None, :], sin_step[None, :])
         s = capped(s, softcap, HAS_SOFTCAP)
@@ -441,7 +443,7 @@ def _attend_split(
     coefficients,
     frequencies,
     bias_table,
-    bias_steps,
+    bias_series,
     centroids,
     registers,
     out_top,
@@ -475,7 +477,6 @@ def _attend_split(
     HAS_MEANS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PAIRS_PADDED: tl.constexpr,
-    QUICK: tl.constexpr,
     FAST: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
@@ -520,16 +521,17 @@ def _attend_split(
         even = tl.minimum(thread % 4 * 2, rows - 1)
         odd = tl.minimum(thread % 4 * 2 + 1, rows - 1)
         own_coefficients = coefficients + own * (2 * PAIRS_PADDED)
-        own_scale, own_bias_scale, own_constant = row_factors(
-            factor, own, is_own, scale, bias_scaling, HAS_BIAS, HAS_SOFTCAP
-        )
-        # both are multiplied together
-        own_constant /= tl.where(own_bias_scale != 0, own_bias_scale, 1.0)
-        even_scale, even_bias_scale, _ = row_factors(
+        own_scale, _, _ = row_factors(factor, own, is_own, scale, bias_scaling, HAS_BIAS, HAS_SOFTCAP)
+        even_scale, even_bias_scale, even_constant = row_factors(
             factor, first_row + even, True, scale, bias_scaling, HAS_BIAS, HAS_SOFTCAP
         )
-        odd_scale, odd_bias_scale, _ = row_factors(
+        odd_scale, odd_bias_scale, odd_constant = row_factors(
             factor, first_row + odd, True, scale, bias_scaling, HAS_BIAS, HAS_SOFTCAP
+        )
+        # both are multiplied together
+        constants = (
+            even_constant / tl.where(even_bias_scale != 0, even_bias_scale, 1.0),
+            odd_constant / tl.where(odd_bias_scale != 0, odd_bias_scale, 1.0),
         )
         even_terms = terms + (first_row + even) * terms_stride
         odd_terms = terms + (first_row + odd) * terms_stride
@@ -573,7 +575,7 @@ def _attend_split(
                 ),
                 softcap,
                 (even_terms + terms_means, odd_terms + terms_means),
-                (own_coefficients, frequencies, bias_steps, own_constant),
+                (own_coefficients, frequencies, bias_series, constants),
                 bias_table,
                 (even_bias_scale, odd_bias_scale),
                 registers,
@@ -594,7 +596,6 @@ def _attend_split(
                 HAS_SOFTCAP,
                 IS_CAUSAL,
                 PAIRS_PADDED,
-                QUICK,
                 FAST,
             )
         else:
@@ -638,7 +639,6 @@ def _attend_split(
                 HAS_MEANS,
                 HAS_BIAS,
                 PAIRS_PADDED,
-                QUICK,
                 HAS_SOFTCAP,
                 IS_CAUSAL,
                 SKIPS,
@@ -659,13 +659,12 @@ def _attend_split(
                 own_coefficients,
                 frequencies,
                 bias_table,
-                bias_steps,
-                own_constant,
+                bias_series,
+                constants,
                 (even_bias_scale, odd_bias_scale),
                 (even_terms, odd_terms),
                 rows,
                 PAIRS_PADDED,
-                QUICK,
                 FAST,
             )
             tl.debug_barrier()  # other threads read what these have stored
@@ -759,7 +758,8 @@ def attend_packed(
     value_quarter = _padded_quarter(value_dim)
     rotated = torch.empty(batch * groups * rows, 4 * key_quarter, dtype=torch.float32, device=device)
     factor = torch.empty(batch * groups * rows, 4, dtype=torch.float32, device=device)
-    pairs_padded = bias.frequencies.shape[0] if bias is not None else 16
+    tables = bias.tables if bias is not None else None
+    pairs_padded = tables.frequencies.shape[0] if tables is not None else 16
     in_fragments = _fits_fragments(packed, rows, pairs_padded, skips=skip_below > 0)
     halves = torch.empty_like(rotated, dtype=torch.float16) if in_fragments else rotated
     overlaps = capability(device) >= _OVERLAPS_FROM
@@ -789,7 +789,7 @@ def attend_packed(
         QUARTER=key_dim // 4,
         QUARTER_PADDED=key_quarter,
         HAS_HALVES=in_fragments,
-        PAIRS=bias.pairs if bias is not None else -1,
+        PAIRS=tables.pairs if tables is not None else -1,
         PAIRS_PADDED=pairs_padded,
         INTERLEAVED=bias is not None and bias.interleaved,
         CHUNK=_CHUNK,
@@ -810,11 +810,13 @@ def attend_packed(
         "HAS_MEANS": layout.key.mean_bytes > 0,
         "HAS_BIAS": bias is not None,
         "PAIRS_PADDED": pairs_padded,
-        "QUICK": bias.quick if bias is not None else 0,
         "HAS_SOFTCAP": softcap is not None,
         "ON_GPU": not is_interpreted(),
     }
-    frequencies, spans, steps = (bias.frequencies, bias.spans, bias.steps) if bias else (packed.table, factor, factor)
+    frequencies, bias_table, bias_series = packed.table, factor, factor
+    if tables is not None:
+        frequencies, bias_series = tables.frequencies, tables.series
+        bias_table = tables.spans if in_fragments else tables.turns
     bias_scaling = bias.scaling if bias is not None else 1.0
     # of a query row: what is added to the scores of the tail's slots, and of whole blocks
     terms_means = 64 * tails if bias is not None else 0
@@ -830,7 +832,7 @@ def attend_packed(
     top = torch.empty(batch * groups, parts, rows, dtype=torch.float32, device=device)
     mass = torch.empty_like(top)
     acc = torch.empty(batch * groups, parts, rows, value_dim, dtype=torch.float32, device=device)
-    centroids, registers = tables(device)
+    centroids, registers = decoder_tables(device)
     _attend_split[(parts, batch * groups, tiles)](
         packed.anchor,
         packed.table,
@@ -844,8 +846,8 @@ def attend_packed(
         factor,
         coefficients,
         frequencies,
-        spans,
-        steps,
+        bias_table,
+        bias_series,
         centroids,
         registers,
         top,
@@ -867,7 +869,7 @@ def attend_packed(
         terms_means,
         VALUE_DIM=value_dim,
         VALUE_QUARTER_PADDED=value_quarter,
-        FAST=bias.fast if bias is not None else pairs_padded,
+        FAST=tables.fast if tables is not None else pairs_padded,
         IS_CAUSAL=tokens > 1,
         SKIPS=skip_below > 0,
         ROWS=launch.rows,

@@ -78,6 +78,14 @@ def _from_neighbour(x, by):
 
 
 @triton.jit
+def from_thread(x, lane):
+    """What a thread of the warp has, float32, by its number."""
+    return tl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;", "=f,f,r", [x, lane], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def most_of_column(x):
     """The largest of the eight threads (0, t) to (7, t)."""
     x = tl.maximum(x, _from_neighbour(x, 4))

@@ -207,15 +207,10 @@ def token_of(slot, slots, sinks, length):
 
 
 @triton.jit
-def table_of_block(spans, PAIRS_PADDED: tl.constexpr):
-    """cos - 1 and sin of each pair at positions 0 to 63 [64, 2 P]: of the first part of BiasTerms.spans."""
-    n = tl.arange(0, 64)[:, None]
-    two = tl.arange(0, 2 * PAIRS_PADDED)[None, :]
-    pair = two // 2
-    product = pair // 16 * 2 + pair % 4 // 2
-    lane = n % 8 * 4 + pair % 16 // 4
-    in_lane = pair % 2 * 4 + n % 16 // 8 * 2 + two % 2
-    return tl.load(spans + ((n // 16 * (PAIRS_PADDED // 8 + 2) + product) * 32 + lane) * 8 + in_lane)
+def table_of_block(turns, PAIRS_PADDED: tl.constexpr):
+    """cos and sin of each pair at positions 0 to 63, rounded, and what that leaves out: BiasTables.turns."""
+    at = tl.arange(0, 64)[:, None] * (2 * PAIRS_PADDED) + tl.arange(0, 2 * PAIRS_PADDED)[None, :]
+    return tl.load(turns + at), tl.load(turns + 128 * PAIRS_PADDED + at)
 
 
 @triton.jit

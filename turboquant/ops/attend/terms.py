@@ -1,12 +1,13 @@
 """Key terms of up to 8 query rows: what block means and the key bias add to scores.
 
-The bias turns with the position. Within a span of 128 positions its quickly turning pairs meet a table of their angles,
-in a product of matrices; what the slow ones add is a polynomial of the position, of degree 6 (BiasTerms.fast says
-where they begin).
+The bias turns with the position. What it adds within a span of 256 positions is one product of matrices: the cosines
+and sines of its quickly turning pairs, and 16 Chebyshev polynomials of the position, which stand for all others
+(BiasTables.fast says which), times the query's coefficients, turned to the middle of the span. Those of the polynomials
+are a product of the others' with a matrix that never changes.
 
 Every tensor has one element for each thread (see lanes.py). Products that give the bias have tokens in their rows, as
-the scores', and in column g the coefficients of query row g, turned back to the first token of a span: high and low
-parts apart. Those that give means' scores have query rows in their rows, and blocks in their columns.
+the scores', and in column g the coefficients of query row g: high and low parts apart. Those that give means' scores
+have query rows in their rows, and blocks in their columns.
 """
 
 import triton
@@ -14,42 +15,45 @@ import triton.language as tl
 
 from turboquant.ops.attend.bias import PAIRS_TOGETHER, SPAN_TOKENS
 from turboquant.ops.attend.lanes import (
+    from_thread,
     high_and_low,
     multiply,
     names,
     piece,
+    transposed,
     two_floats,
 )
 from turboquant.ops.attend.parts import place, turned_back
 
-SPAN = tl.constexpr(SPAN_TOKENS)
+HALF_SPAN = tl.constexpr(SPAN_TOKENS // 2)
 PAIRS = (16, 32, 64)  # padded, that are served: operands of more would not fit the registers
 
 
-def _bias_scores(fast: int, pairs: int) -> tuple[str, str]:
-    """Key bias of 16 tokens: the first `fast` of a table's pairs, and the polynomial. Assembly and its constraints.
+def _table_times(products: int, operands: int) -> tuple[str, str]:
+    """16 rows of a table times the coefficients of the query rows: assembly and its constraints.
 
-    Outputs: of token g in rows 2 t and 2 t + 1, then of token g + 8. Inputs: address of what this thread reads of the
-    table for these tokens; for each product high and low part of row g's one pair, then of the other. Products of low
-    parts alone are left out: they are below float32's digits of the others.
+    Outputs: row g of the table in query rows 2 t and 2 t + 1, then its row g + 8. Inputs: address of what this thread
+    reads of the table's `operands` operands first; for each product of row g's coefficients the high and low part of
+    one word, then of the other. Products of low parts alone are left out: they are below float32's digits of the
+    others.
     """
-    products = [*range(fast // 8), pairs // 8, pairs // 8 + 1]
-    b = names(5, 4 * len(products))
-    low_at = SPAN_TOKENS * 2 * (pairs + 16) * 2  # bytes behind the high parts
-    # two sums, for a product waits for the one before
-    sums = [[f"c{4 * j + i}" for i in range(4)] for j in range(2)]
-    lines = [".reg .b32 a<8>;", ".reg .f32 c<8>;", *(f"mov.f32 c{i}, 0f00000000;" for i in range(8))]
-    for j, product in enumerate(products):
+    b = names(5, 4 * products)
+    low_at = 512 * products * operands  # bytes behind the high parts
+    # a sum for each kind of product, for a product waits for the one before
+    sums = [[f"c{4 * j + i}" for i in range(4)] for j in range(3)]
+    lines = [".reg .b32 a<8>;", ".reg .f32 c<12>;", *(f"mov.f32 c{i}, 0f00000000;" for i in range(12))]
+    for j in range(products):
         for part in range(2):
             to = ", ".join(f"a{4 * part + i}" for i in range(4))
-            lines.append(f"ld.global.nc.v4.b32 {{{to}}}, [$4 + {512 * product + low_at * part}];")
+            lines.append(f"ld.global.nc.v4.b32 {{{to}}}, [$4 + {512 * j + low_at * part}];")
         high, low = b[4 * j : 4 * j + 4 : 2], b[4 * j + 1 : 4 * j + 4 : 2]
         table = tuple(tuple(f"a{4 * part + i}" for i in range(4)) for part in range(2))
         lines += [
             multiply(sums[0], table[0], high),
             multiply(sums[1], table[0], low),
-            multiply(sums[1], table[1], high),
+            multiply(sums[2], table[1], high),
         ]
+    lines += [f"add.f32 c{i + 4}, c{i + 4}, c{i + 8};" for i in range(4)]
     lines += [f"add.f32 ${i}, c{i}, c{i + 4};" for i in range(4)]
     return "{\n" + "\n".join(lines) + "\n}", ",".join(["=f"] * 4 + ["l"] + ["r"] * len(b))
 
@@ -73,11 +77,10 @@ def _mean_scores(dim: int) -> tuple[str, str]:
     return "{\n" + "\n".join(lines) + "\n}", ",".join(["=f"] * 2 + ["r"] * (6 * products))
 
 
-_BIAS = tl.constexpr({
-    (fast, pairs): _bias_scores(fast, pairs)
-    for pairs in PAIRS
-    for fast in range(PAIRS_TOGETHER, pairs + 1, PAIRS_TOGETHER)
-})
+# By products: those of a span's operands, and of the one that the series has.
+_MOST = PAIRS[-1] // PAIRS_TOGETHER
+_BIAS = tl.constexpr({(n,): _table_times(n, SPAN_TOKENS // 16) for n in range(1, _MOST + 2)})
+_SERIES = tl.constexpr({(n,): _table_times(n, 1) for n in range(1, _MOST + 1)})
 _MEANS = tl.constexpr({(dim,): _mean_scores(dim) for dim in (64, 128, 256)})
 
 
@@ -99,13 +102,6 @@ def _turned_quickly(position, frequency):
         is_pure=True,
         pack=1,
     )
-
-
-@triton.jit
-def _four_at(pointer):
-    """Four float32 of a thread."""
-    words = pointer.to(tl.pointer_type(tl.int64))
-    return two_floats(tl.load(words)) + two_floats(tl.load(words + 1))
 
 
 @triton.jit
@@ -191,83 +187,85 @@ def store_means(
 
 
 @triton.jit
-def span_of_bias(
-    position,
-    coefficients,
-    frequencies,
-    steps,
-    constant,
-    PAIRS_PADDED: tl.constexpr,
-    QUICK: tl.constexpr,
-    FAST: tl.constexpr,
-):
-    """What `bias_in_span` wants of the 128 positions from `position` on.
-
-    coefficients: [128], of thread (g, t)'s row g, see `prepare_rows`; constant: what its row adds at any position.
-    """
-    # what is loaded here would else be kept in registers throughout a loop over spans
-    t = tl.arange(0, 32 * 4) % 4 + zero_again(position)
-    operands = ()
-    # factors of x^0 to x^6, x the part of a span behind a token: a slow pair adds
-    # cos * (cos(turn x) - 1) + sin * sin(turn x), both by their series
-    x0 = tl.where(t == 0, constant, 0.0)
-    x1 = 0.0 * x0
-    x2 = x1
-    x3 = x1
-    x4 = x1
-    x5 = x1
-    x6 = x1
-    # 4 pairs at a time, for registers are short
-    for j in tl.static_range(0, PAIRS_PADDED // 16):
-        along_cos = _four_at(coefficients + 4 * t + 16 * j)
-        along_sin = _four_at(coefficients + 4 * t + (16 * j + PAIRS_PADDED))
-        if 16 * j >= FAST:
-            turns = _four_at(steps + 4 * t + 16 * j)
-        for k in tl.static_range(0, 4):
-            by_cos, by_sin = _turned_quickly(position, tl.load(frequencies + 4 * t + (16 * j + k)))
-            cos, sin = turned_back(along_cos[k], along_sin[k], by_cos, by_sin)
-            if 16 * j >= QUICK:
-                x0 += cos  # the table holds cos - 1 of all but quickly turning pairs, which keeps their digits
-            if 16 * j < FAST:
-                operands = operands + high_and_low(cos, sin)
-            else:
-                turn = turns[k]
-                square = turn * turn
-                sin *= turn
-                cos *= square
-                x1 += sin
-                x2 += cos
-                sin *= square
-                cos *= square
-                x3 += sin
-                x4 += cos
-                x5 += sin * square
-                x6 += cos * square
-    return (
-        operands
-        + high_and_low(x0, x1)
-        + high_and_low(x2 * (-1 / 2), x3 * (-1 / 6))
-        + high_and_low(x4 * (1 / 24), x5 * (1 / 120))
-        + high_and_low(x6 * (-1 / 720), 0.0 * x0)
-    )
-
-
-@triton.jit
-def bias_in_span(i, span, table, PAIRS_PADDED: tl.constexpr, FAST: tl.constexpr):
-    """What the bias adds to token 16 i + g of a span in rows 2 t and 2 t + 1, and to the eighth behind it, but for
-    `bias_scale`. table: BiasTerms.spans.
-    """
-    thread = tl.arange(0, 32 * 4)
-    ASSEMBLY: tl.constexpr = piece(_BIAS, 0, FAST, PAIRS_PADDED)
-    CONSTRAINTS: tl.constexpr = piece(_BIAS, 1, FAST, PAIRS_PADDED)
+def _times_table(table, words, ASSEMBLY: tl.constexpr, CONSTRAINTS: tl.constexpr):
+    """See `_table_times`. table: where its first of 16 rows begin."""
+    lane = tl.arange(0, 32 * 4) % 32
     return tl.inline_asm_elementwise(
         ASSEMBLY,
         CONSTRAINTS,
-        ((table + i * (32 * PAIRS_PADDED + 512) + thread % 32 * 8).to(tl.int64),) + span,
+        ((table + lane * 8).to(tl.int64),) + words,
         dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
         is_pure=True,
         pack=1,
     )
+
+
+@triton.jit
+def span_of_bias(
+    position,
+    coefficients,
+    frequencies,
+    series,
+    constant,
+    PAIRS_PADDED: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """What `bias_in_span` wants of the 256 positions from `position` on.
+
+    coefficients: [128], of thread (g, t)'s row g, see `prepare_rows`; constant: what its rows 2 t and 2 t + 1 add at
+    any position, a pair of [128].
+    """
+    lane = tl.arange(0, 32 * 4) % 32
+    # what is loaded here would else be kept in registers throughout a loop over spans
+    hidden = zero_again(position)
+    t = lane % 4 + hidden
+    # an angle is the same in all rows: each thread finds those of every 32nd pair
+    EVERY: tl.constexpr = min(PAIRS_PADDED, 32)
+    angles = ()
+    for i in tl.static_range(0, PAIRS_PADDED, EVERY):
+        frequency = tl.load(frequencies + lane % EVERY + i + hidden)
+        angles = angles + (_turned_quickly(position + HALF_SPAN, frequency),)
+    fast = ()
+    slow = ()
+    for j in tl.static_range(0, PAIRS_PADDED, 8):
+        along_cos = two_floats(tl.load((coefficients + 2 * t + j).to(tl.pointer_type(tl.int64))))
+        along_sin = two_floats(tl.load((coefficients + 2 * t + (j + PAIRS_PADDED)).to(tl.pointer_type(tl.int64))))
+        words = ()
+        for k in tl.static_range(0, 2):
+            from_lane = lane % 4 * 2 + (j % EVERY + k)
+            by_cos = from_thread(angles[j // EVERY][0], from_lane)
+            by_sin = from_thread(angles[j // EVERY][1], from_lane)
+            cos, sin = turned_back(along_cos[k], along_sin[k], by_cos, by_sin)
+            words = words + high_and_low(cos, sin)
+        if j < FAST:
+            fast = fast + words
+        else:
+            slow = slow + words
+    s0 = tl.where(lane < 4, constant[0], 0.0)
+    s1 = tl.where(lane < 4, constant[1], 0.0)
+    s2 = 0.0 * s0
+    s3 = s2
+    if FAST < PAIRS_PADDED:
+        ASSEMBLY: tl.constexpr = piece(_SERIES, 0, (PAIRS_PADDED - FAST) // 8)
+        CONSTRAINTS: tl.constexpr = piece(_SERIES, 1, (PAIRS_PADDED - FAST) // 8)
+        c0, c1, s2, s3 = _times_table(series + hidden, slow, ASSEMBLY, CONSTRAINTS)
+        s0 += c0
+        s1 += c1
+    # degrees were rows and are to be the inner axis
+    high0, low0 = high_and_low(s0, s1)
+    high1, low1 = high_and_low(s2, s3)
+    return fast + (transposed(high0), transposed(low0), transposed(high1), transposed(low1))
+
+
+@triton.jit
+def bias_in_span(i, span, table, FAST: tl.constexpr):
+    """What the bias adds to token 16 i + g of a span in rows 2 t and 2 t + 1, and to the eighth behind it, but for
+    `bias_scale`. table: BiasTables.spans.
+    """
+    PRODUCTS: tl.constexpr = FAST // 8 + 1
+    ASSEMBLY: tl.constexpr = piece(_BIAS, 0, PRODUCTS)
+    CONSTRAINTS: tl.constexpr = piece(_BIAS, 1, PRODUCTS)
+    return _times_table(table + i * (256 * PRODUCTS), span, ASSEMBLY, CONSTRAINTS)
 
 
 @triton.jit
@@ -279,18 +277,17 @@ def store_bias_of_tail(
     coefficients,
     frequencies,
     table,
-    steps,
+    series,
     constant,
     bias_scale,
     out,
     rows,
     PAIRS_PADDED: tl.constexpr,
-    QUICK: tl.constexpr,
     FAST: tl.constexpr,
 ):
     """What the key bias adds to the scores of 64 slots of the tail.
 
-    bias_scale, out: pairs of [128], of thread (g, t)'s rows 2 t and 2 t + 1; out point to their places of slot 0.
+    constant, bias_scale, out: pairs of [128], of thread (g, t)'s rows 2 t and 2 t + 1; out point to their places of slot 0.
     """
     thread = tl.arange(0, 32 * 4)
     newest = tl.maximum(length - sinks, 1) - 1
@@ -302,8 +299,8 @@ def store_bias_of_tail(
         end = tl.minimum(tl.where(run == 0, sinks, tl.where(run == 1, behind, slots)), first_slot + 64)
         if begin < end:
             position = first_slot + tl.where(run == 0, 0, turns - tl.where(run == 1, 0, slots - sinks)) + 0 * thread
-            span = span_of_bias(position, coefficients, frequencies, steps, constant, PAIRS_PADDED, QUICK, FAST)
-            s0, s1, s2, s3 = bias_in_span(thread // 32, span, table, PAIRS_PADDED, FAST)
+            span = span_of_bias(position, coefficients, frequencies, series, constant, PAIRS_PADDED, FAST)
+            s0, s1, s2, s3 = bias_in_span(thread // 32, span, table, FAST)
             slot = first_slot + thread // 32 * 16 + thread % 32 // 4
             row = thread % 4 * 2
             is_there = (slot >= begin) & (slot < end)
