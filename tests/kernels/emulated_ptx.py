@@ -16,6 +16,10 @@ Array = np.ndarray[Any, Any]
 
 LANES = 32
 
+# Shared memory of the program that runs; nothing lies at its first bytes.
+SHARED = np.zeros(48 << 10, np.uint8)
+SHARED_AT = 1024
+
 
 @cache
 def statements(assembly: str) -> tuple[str, ...]:
@@ -132,6 +136,14 @@ class _Warp:
                 self.frames.pop()
             elif line.startswith(".reg"):
                 self.declare(line)
+            elif line.startswith(".shared"):
+                name, size = re.fullmatch(r"\.shared \.align 16 \.b8 (\w+)\[(\d+)\]", line).groups()
+                SHARED[:] = 0xFF  # NaN
+                assert int(size) + SHARED_AT <= len(SHARED)
+                self.frames[-1][name] = np.full(LANES, SHARED_AT, np.uint32)
+            elif line.startswith("@") and "cp.async" in line:
+                guard, _, copy = line.partition(" ")
+                self.copy(_operands(copy.partition(" ")[2]), self.read(guard[1:]).astype(bool))
             elif line.startswith("@"):
                 guard, _, label = line.split()
                 taken = self.read(guard.lstrip("@!")).astype(bool)
@@ -144,10 +156,23 @@ class _Warp:
                 self.step(name, _operands(text))
         return [self.read(f"${i}") for i in range(outputs)]
 
+    def address(self, text: str) -> Array:
+        place, _, offset = text.strip("[]").partition(" + ")
+        return self.read(place).astype(np.uint64) + np.uint64(int(offset or 0))
+
+    def copy(self, operands: Sequence[str], is_there: Array) -> None:
+        """cp.async, done at once."""
+        to, source, size = operands
+        for at, origin in zip(self.address(to)[is_there], self.address(source)[is_there], strict=True):
+            assert at % 16 == origin % 16 == 0
+            SHARED[int(at) : int(at) + int(size)] = (ctypes.c_uint8 * int(size)).from_address(int(origin))
+
     def step(self, name: str, operands: Sequence[str]) -> None:
         """One instruction."""
-        to, *arguments = operands
         kind = name.split(".")
+        if kind[:2] == ["cp", "async"] or kind[0] == "bar":
+            return  # copies are done at once, and all threads go on together
+        to, *arguments = operands
         if kind[0] == "mov" and to.startswith("{"):
             low, high = to.strip("{}").split(", ")
             value = self.read(arguments[0])
@@ -158,9 +183,16 @@ class _Warp:
                 parts = wide[:, 0].copy(), wide[:, 1].copy()
             self.write(low, parts[0])
             self.write(high, parts[1])
+        elif kind[:2] == ["ld", "shared"]:
+            addresses = self.address(arguments[0]).astype(np.int64)
+            targets = to.strip("{}").split(", ")
+            width = 2 if kind[2] == "u16" else 4
+            assert not (addresses % (width * len(targets))).any()
+            for i, target in enumerate(targets):
+                read = SHARED[addresses[:, None] + (width * i + np.arange(width))]
+                self.write(target, read.view(np.uint16 if width == 2 else np.uint32)[:, 0].astype(np.uint32))
         elif kind[0] == "ld":
-            place, _, offset = arguments[0].strip("[]").partition(" + ")
-            addresses = self.read(place).astype(np.uint64) + np.uint64(int(offset or 0))
+            addresses = self.address(arguments[0])
             loaded = np.array([list((ctypes.c_uint32 * 4).from_address(int(one))) for one in addresses], np.uint32)
             for i, target in enumerate(to.strip("{}").split(", ")):
                 self.write(target, loaded[:, i].copy())

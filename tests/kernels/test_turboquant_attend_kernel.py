@@ -18,6 +18,7 @@ from turboquant.errors import OptionError
 from turboquant.key_bias import KeyBias
 from turboquant.ops.attend import attend_packed, bias_terms, kernel
 from turboquant.ops.attend.bias import bias_tables
+from turboquant.ops.attend.lanes import token_of_row
 from turboquant.ops.attend.terms import bias_in_span, span_of_bias
 from turboquant.policy import Precision
 from turboquant.store import StoreOptions
@@ -265,7 +266,7 @@ def _bias_of_positions(
     for j in tl.range(0, 4):
         i = thread // 32 * 4 + j
         s0, s1, s2, s3 = bias_in_span(i, span, table, FAST)
-        to = position + 16 * i + g
+        to = position + 16 * i + token_of_row(thread)
         even_scale = tl.load(factor + 4 * even + 1) * 1.4426950408889634
         odd_scale = tl.load(factor + 4 * odd + 1) * 1.4426950408889634
         tl.store(out + 2 * t * positions + to, s0 * even_scale, mask=to < positions)

@@ -101,7 +101,7 @@ def _tables(inverse_frequencies: tuple[float, ...]) -> BiasTables:
     degrees = polynomials.view(-1, 1, 2, 4, 2).transpose(2, 3).reshape(-1, PAIRS_TOGETHER, 2)
     return BiasTables(
         torch.tensor(signed, dtype=torch.int64),
-        _high_and_low(_as_operands(torch.cat((pair_table[:, :fast], degrees), dim=1))),
+        _high_and_low(_as_operands(_in_rows(torch.cat((pair_table[:, :fast], degrees), dim=1)))),
         _high_and_low(_as_operands(factors.view(DEGREES, padded, 2)[:, fast:])[0]),
         _high_and_low(_cos_sin(torch.arange(BLOCK_TOKENS).double(), radians).flatten(1)),
         fast,
@@ -112,6 +112,11 @@ def _tables(inverse_frequencies: tuple[float, ...]) -> BiasTables:
 def _cos_sin(positions: torch.Tensor, radians: torch.Tensor) -> torch.Tensor:
     angles = positions[:, None] * radians
     return torch.stack((angles.cos(), angles.sin()), dim=-1)
+
+
+def _in_rows(x: torch.Tensor) -> torch.Tensor:
+    """Tokens [n, ..] in the order of a product's rows, see `lanes.token_of_row`."""
+    return x.unflatten(0, (-1, 2, 4)).transpose(1, 2).flatten(0, 2)
 
 
 def _as_operands(x: torch.Tensor) -> torch.Tensor:

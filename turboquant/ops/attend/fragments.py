@@ -21,12 +21,17 @@ import triton.language as tl
 
 from turboquant.ops.attend.bias import SPAN_TOKENS
 from turboquant.ops.attend.lanes import (
+    await_copies,
+    copy_to_shared,
     lower_half,
     most_of_column,
     multiply,
     names,
     packed,
     piece,
+    shared_bytes,
+    shared_words,
+    token_of_row,
     transposed,
     words_at,
 )
@@ -39,6 +44,9 @@ ROWS = 8
 SPAN = tl.constexpr(SPAN_TOKENS)
 WARPS = 4
 QUARTERS = (16, 32, 64)  # bytes of plane 0, of heads that are served
+
+# Shared memory for blocks: what remains of 48 KiB beside Triton's own, beyond which a launch would have to ask.
+STAGED = tl.constexpr(29 << 10)
 
 _TABLES = 6  # operands that every piece of assembly begins with: table, signs, factor
 
@@ -154,69 +162,125 @@ def _bits_at(held, QUARTER: tl.constexpr, IS_MIXED: tl.constexpr):
 
 
 @triton.jit
-def _load_token(plane, bits, bits_at, mask, QUARTER: tl.constexpr, PLANES: tl.constexpr):
-    """A thread's quarter of a token's planes: words of plane 0, then of each 1-bit plane."""
-    OWN: tl.constexpr = QUARTER // 4
-    words = words_at(plane, mask, OWN)
-    for p in tl.static_range(0, PLANES - 1):
-        words = words + words_at(bits + bits_at[p], mask, OWN)
-    return words
-
-
-@triton.jit
-def _load_keys(
-    side,
-    held,
-    first,
-    thread,
-    mask,
-    AT: tl.constexpr,
-    QUARTER: tl.constexpr,
-    PLANES: tl.constexpr,
-    IS_MIXED: tl.constexpr,
+def _source(
+    chunk,
+    token,
+    values_behind,
+    key_bits,
+    value_bits,
+    KEYS_AT: tl.constexpr,
+    KEY_QUARTER: tl.constexpr,
+    VALUE_QUARTER: tl.constexpr,
+    KEY_PLANES: tl.constexpr,
+    VALUE_PLANES: tl.constexpr,
 ):
-    """A thread's part of the keys of tokens `first` + g and 8 further, and their scales; planes begin at AT."""
-    g = thread % 32 // 4
-    t = thread % 4
-    HALF: tl.constexpr = QUARTER // 2
-    # what depends on the thread is added once, and what remains of an address is a constant
-    plane = side + ((first + g) * QUARTER + t * (QUARTER // 4))
-    bits = side + ((first + g) * HALF + t % 2 * (QUARTER // 4))
-    scales = side + 2 * (first + g)
-    at = _bits_at(held, QUARTER, IS_MIXED)
-    words = _load_token(plane + AT, bits + AT, at, mask, QUARTER, PLANES)
-    words = words + _load_token(plane + (AT + 8 * QUARTER), bits + (AT + 8 * HALF), at, mask, QUARTER, PLANES)
-    return words + words_at(scales, mask, 2) + words_at(scales + 16, mask, 2)
+    """Where 16 bytes of what belongs to 16 tokens lie, from where a head's share of a record begins.
+
+    In this order: plane 0 of the keys, of the values; the other planes of the keys, of the values; both scales.
+    """
+    at = KEYS_AT + token * KEY_QUARTER + 16 * chunk
+    START: tl.constexpr = KEY_QUARTER
+    at = tl.where(chunk >= START, values_behind + 128 + token * VALUE_QUARTER + 16 * (chunk - START), at)
+    KEY_BITS: tl.constexpr = START + VALUE_QUARTER
+    for p in tl.static_range(0, KEY_PLANES - 1):
+        behind = chunk - (KEY_BITS + p * (KEY_QUARTER // 2))
+        at = tl.where(behind >= 0, KEYS_AT + key_bits[p] + token * (KEY_QUARTER // 2) + 16 * behind, at)
+    VALUE_BITS: tl.constexpr = KEY_BITS + (KEY_PLANES - 1) * (KEY_QUARTER // 2)
+    for p in tl.static_range(0, VALUE_PLANES - 1):
+        behind = chunk - (VALUE_BITS + p * (VALUE_QUARTER // 2))
+        bits = values_behind + 128 + value_bits[p] + token * (VALUE_QUARTER // 2)
+        at = tl.where(behind >= 0, bits + 16 * behind, at)
+    behind = chunk - (VALUE_BITS + (VALUE_PLANES - 1) * (VALUE_QUARTER // 2))
+    at = tl.where(behind >= 0, token * 2 + 16 * behind, at)
+    return tl.where(behind >= 2, values_behind + token * 2 + 16 * (behind - 2), at)
 
 
 @triton.jit
-def _load_plane(plane, mask, ROW: tl.constexpr, OWN: tl.constexpr):
-    """OWN bytes of a plane of each of a thread's four tokens: first words of all, second words of all."""
-    a = words_at(plane, mask, OWN)
-    b = words_at(plane + ROW, mask, OWN)
-    c = words_at(plane + 8 * ROW, mask, OWN)
-    d = words_at(plane + 9 * ROW, mask, OWN)
-    words = (a[0], b[0], c[0], d[0])
-    if OWN == 8:
-        words = words + (a[1], b[1], c[1], d[1])
+def _begin_stage(
+    stage,
+    anchor,
+    entry,
+    head,
+    token,
+    is_left,
+    KEYS_AT: tl.constexpr,
+    KEY_BYTES: tl.constexpr,
+    VALUE_BYTES: tl.constexpr,
+    KEY_QUARTER: tl.constexpr,
+    VALUE_QUARTER: tl.constexpr,
+    KEY_PLANES: tl.constexpr,
+    VALUE_PLANES: tl.constexpr,
+    IS_MIXED: tl.constexpr,
+    STAGE: tl.constexpr,
+):
+    """Begin to copy what belongs to 16 tokens of a block, from `token` on, to shared memory at `stage`."""
+    keys_at, values_at, held_keys, held_values = place(
+        anchor, entry, head, KEY_BYTES, VALUE_BYTES, KEY_QUARTER, VALUE_QUARTER, KEY_PLANES, VALUE_PLANES, IS_MIXED
+    )
+    values_behind = (values_at.to(tl.int64) - keys_at.to(tl.int64)).to(tl.int32)
+    key_bits = _bits_at(held_keys, KEY_QUARTER, IS_MIXED)
+    value_bits = _bits_at(held_values, VALUE_QUARTER, IS_MIXED)
+    lane = tl.arange(0, 32 * 4) % 32
+    CHUNKS: tl.constexpr = STAGE // 16
+    COUNT: tl.constexpr = (CHUNKS + 31) // 32
+    sources = ()
+    for i in tl.static_range(0, COUNT):
+        at = _source(
+            32 * i + lane,
+            token,
+            values_behind,
+            key_bits,
+            value_bits,
+            KEYS_AT,
+            KEY_QUARTER,
+            VALUE_QUARTER,
+            KEY_PLANES,
+            VALUE_PLANES,
+        )
+        sources = sources + ((keys_at + at).to(tl.int64),)
+    is_last = is_left & (lane < CHUNKS - 32 * (COUNT - 1))
+    copy_to_shared(stage + 16 * lane, sources, is_left, is_last, COUNT)
+
+
+@triton.jit
+def _staged_keys(stage, thread, SCALES_AT: tl.constexpr, BITS_AT: tl.constexpr, QUARTER: tl.constexpr, PLANES: tl.constexpr):
+    """A thread's part of the keys of its two tokens, and their scales: words as `_scores` takes them, of each token
+    plane by plane.
+    """
+    t = thread % 4
+    token = token_of_row(thread)
+    OWN: tl.constexpr = QUARTER // 4
+    WORDS: tl.constexpr = OWN // 4
+    own = shared_words(stage + token * QUARTER + t * OWN, 2, 8 * QUARTER, OWN)
+    first = own[:WORDS]
+    second = own[WORDS:]
+    for p in tl.static_range(0, PLANES - 1):
+        bits = stage + (token * (QUARTER // 2) + t % 2 * OWN + (BITS_AT + p * 8 * QUARTER))
+        own = shared_words(bits, 2, 4 * QUARTER, OWN)
+        first = first + own[:WORDS]
+        second = second + own[WORDS:]
+    return first + second + shared_words(stage + (SCALES_AT + 2 * token), 2, 16, 2)
+
+
+@triton.jit
+def _staged_values(stage, thread, AT: tl.constexpr, BITS_AT: tl.constexpr, QUARTER: tl.constexpr, PLANES: tl.constexpr):
+    """A thread's part of the values of four tokens: words as `_values` takes them."""
+    t = thread % 4
+    g = thread % 32 // 4
+    EIGHTH: tl.constexpr = QUARTER // 8
+    words = _by_word(shared_words(stage + (AT + t * QUARTER + g * EIGHTH), 4, 4 * QUARTER, EIGHTH), EIGHTH)
+    for p in tl.static_range(0, PLANES - 1):
+        bits = stage + (t * (QUARTER // 2) + g % 4 * EIGHTH + (BITS_AT + p * 8 * QUARTER))
+        words = words + _by_word(shared_words(bits, 4, 2 * QUARTER, EIGHTH), EIGHTH)
     return words
 
 
 @triton.jit
-def _load_values(side, held, first, thread, mask, QUARTER: tl.constexpr, PLANES: tl.constexpr, IS_MIXED: tl.constexpr):
-    """A thread's part of the values of 16 tokens from `first` on, and the scales of two."""
-    own = first + 2 * (thread % 4)
-    g = thread % 32 // 4
-    HALF: tl.constexpr = QUARTER // 2
-    EIGHTH: tl.constexpr = QUARTER // 8
-    plane = side + (own * QUARTER + g * EIGHTH)
-    bits = side + (own * HALF + g % 4 * EIGHTH)
-    scales = side + 2 * (first + g)
-    at = _bits_at(held, QUARTER, IS_MIXED)
-    words = _load_plane(plane + 128, mask, QUARTER, EIGHTH)
-    for p in tl.static_range(0, PLANES - 1):
-        words = words + _load_plane(bits + 128 + at[p], mask, HALF, EIGHTH)
-    return words + words_at(scales, mask, 2) + words_at(scales + 16, mask, 2)
+def _by_word(words, BYTES: tl.constexpr):
+    """Of four tokens' words first words of all, second words of all."""
+    if BYTES == 8:
+        words = (words[0], words[2], words[4], words[6], words[1], words[3], words[5], words[7])
+    return words
 
 
 @triton.jit
@@ -342,7 +406,6 @@ def attend_fragments(
     is_row = g < rows
     KEY_WORDS: tl.constexpr = KEY_QUARTER // 16
     KEYS: tl.constexpr = KEY_WORDS * KEY_PLANES
-    VALUES: tl.constexpr = 4 * VALUE_PLANES * (2 if VALUE_QUARTER == 64 else 1)
     SUMS: tl.constexpr = VALUE_QUARTER
 
     queries = _load_queries(q, t, is_row, KEY_QUARTER)
@@ -353,25 +416,46 @@ def attend_fragments(
     mass0 = tl.zeros((32 * 4,), tl.float32)
     mass1 = mass0
     sums = (tl.zeros((32 * 4,), tl.float32),) * SUMS
-
-    KEYS_AT: tl.constexpr = 128 + (2 * KEY_DIM if HAS_MEANS else 0)
-    warp = thread // 32
-    count = tl.maximum(last - first, 0)
-    block, token = _share_of_warp(0, first, count, warp, HAS_BIAS)
-    is_left = 0 * thread < count
-    entry = tl.load(entries + block, mask=0 * block < count, other=0)
-    keys_at, values_at, held_keys, held_values = place(
-        anchor, entry, head, KEY_BYTES, VALUE_BYTES, KEY_QUARTER, VALUE_QUARTER, KEY_PLANES, VALUE_PLANES, IS_MIXED
-    )
-    keys = _load_keys(keys_at, held_keys, token, thread, is_left, KEYS_AT, KEY_QUARTER, KEY_PLANES, IS_MIXED)
-    values = _load_values(values_at, held_values, token, thread, is_left, VALUE_QUARTER, VALUE_PLANES, IS_MIXED)
     is_row0 = 2 * t < rows
     is_row1 = 2 * t + 1 < rows
-    if HAS_MEANS:
-        mean0 = tl.load(means[0] + block, mask=is_row0 & is_left, other=0)
-        mean1 = tl.load(means[1] + block, mask=is_row1 & is_left, other=0)
-    next_block, _ = _share_of_warp(1, first, count, warp, HAS_BIAS)
-    entry = tl.load(entries + next_block, mask=0 * next_block + 1 < count, other=0)
+
+    KEYS_AT: tl.constexpr = 128 + (2 * KEY_DIM if HAS_MEANS else 0)
+    # what 16 tokens take of shared memory, and how many times that a warp has there, or on their way
+    STAGE: tl.constexpr = 8 * (KEY_PLANES + 1) * KEY_QUARTER + 8 * (VALUE_PLANES + 1) * VALUE_QUARTER + 64
+    STAGES: tl.constexpr = max(2, min(4, STAGED // (4 * STAGE)))
+    # within a stage, see `_source`
+    VALUES_AT: tl.constexpr = 16 * KEY_QUARTER
+    KEY_BITS_AT: tl.constexpr = VALUES_AT + 16 * VALUE_QUARTER
+    VALUE_BITS_AT: tl.constexpr = KEY_BITS_AT + (KEY_PLANES - 1) * 8 * KEY_QUARTER
+    SCALES_AT: tl.constexpr = STAGE - 64
+    warp = thread // 32
+    count = tl.maximum(last - first, 0)
+    held = shared_bytes(thread, 4 * STAGES * STAGE) + warp * (STAGES * STAGE)
+    for j in tl.static_range(0, STAGES - 1):
+        block, token = _share_of_warp(j, first, count, warp, HAS_BIAS)
+        entry = tl.load(entries + block, mask=0 * block + j < count, other=0)
+        _begin_stage(
+            held + j * STAGE,
+            anchor,
+            entry,
+            head,
+            token,
+            0 * thread + j < count,
+            KEYS_AT,
+            KEY_BYTES,
+            VALUE_BYTES,
+            KEY_QUARTER,
+            VALUE_QUARTER,
+            KEY_PLANES,
+            VALUE_PLANES,
+            IS_MIXED,
+            STAGE,
+        )
+    block, _ = _share_of_warp(STAGES - 1, first, count, warp, HAS_BIAS)
+    entry = tl.load(entries + block, mask=0 * block + (STAGES - 1) < count, other=0)
+    # where the next stage begins, and that which was read last
+    stage = 0 * count
+    before = stage + (STAGES - 1) * STAGE
     # a warp's tokens are one run where there is a bias, of which 16 times 16 are a span
     EACH: tl.constexpr = SPAN // 16 if HAS_BIAS else 1 << 30
     for start in tl.range(0, count, EACH, num_stages=1):
@@ -388,13 +472,41 @@ def attend_fragments(
             # read again behind it, where registers are short
             queries = _load_queries(q, t + zero_again(start + 0 * t), is_row, KEY_QUARTER)
         for u in tl.range(start, tl.minimum(start + EACH, count), num_stages=1):
-            KEY_ASSEMBLY: tl.constexpr = piece(_SCORES, 0, KEY_PLANES, KEY_QUARTER)
-            KEY_CONSTRAINTS: tl.constexpr = piece(_SCORES, 1, KEY_PLANES, KEY_QUARTER)
+            await_copies(thread, STAGES - 2)
+            # all threads of the warp are done with what was read last
+            _, token = _share_of_warp(u + (STAGES - 1), first, count, warp, HAS_BIAS)
+            _begin_stage(
+                held + before,
+                anchor,
+                entry,
+                head,
+                token,
+                0 * thread + (u + (STAGES - 1)) < count,
+                KEYS_AT,
+                KEY_BYTES,
+                VALUE_BYTES,
+                KEY_QUARTER,
+                VALUE_QUARTER,
+                KEY_PLANES,
+                VALUE_PLANES,
+                IS_MIXED,
+                STAGE,
+            )
+            block, _ = _share_of_warp(u + STAGES, first, count, warp, HAS_BIAS)
+            entry = tl.load(entries + block, mask=0 * block + (u + STAGES) < count, other=0)
+            block, token = _share_of_warp(u, first, count, warp, HAS_BIAS)
+            keys = _staged_keys(held + stage, thread, SCALES_AT, KEY_BITS_AT, KEY_QUARTER, KEY_PLANES)
             own_key_table = key_table
             own_value_table = value_table
             if IS_MIXED:
-                own_key_table = _table(registers, held_keys, KEY_PLANES) + (t // 2 * 3 + 1,)
-                own_value_table = _table(registers, held_values, VALUE_PLANES) + (g // 4 * 3 + 1,)
+                own_entry = tl.load(entries + block)
+                own_key_table = _table(registers, (own_entry & 3).to(tl.int32), KEY_PLANES) + (t // 2 * 3 + 1,)
+                own_value_table = _table(registers, (own_entry >> 2 & 3).to(tl.int32), VALUE_PLANES) + (g // 4 * 3 + 1,)
+            if HAS_MEANS:
+                mean0 = tl.load(means[0] + block, mask=is_row0, other=0)
+                mean1 = tl.load(means[1] + block, mask=is_row1, other=0)
+            KEY_ASSEMBLY: tl.constexpr = piece(_SCORES, 0, KEY_PLANES, KEY_QUARTER)
+            KEY_CONSTRAINTS: tl.constexpr = piece(_SCORES, 1, KEY_PLANES, KEY_QUARTER)
             # of the first token in an even and an odd row, and of the second one
             s0, s1, s2, s3 = tl.inline_asm_elementwise(
                 KEY_ASSEMBLY,
@@ -404,30 +516,12 @@ def attend_fragments(
                 is_pure=True,
                 pack=1,
             )
+            scales = shared_words(held + (stage + (SCALES_AT + 32)) + 2 * token_of_row(thread), 2, 16, 2)
+            values = _staged_values(held + stage, thread, VALUES_AT, VALUE_BITS_AT, VALUE_QUARTER, VALUE_PLANES)
             k0 = lower_half(keys[2 * KEYS])
             k1 = lower_half(keys[2 * KEYS + 1])
-            v0 = lower_half(values[VALUES])
-            v1 = lower_half(values[VALUES + 1])
-            # the next block's keys are on their way while these are weighed, its values while its keys are multiplied
-            if IS_CAUSAL:
-                at = sinks + 64 * block + token + g
-            block, token = _share_of_warp(u + 1, first, count, warp, HAS_BIAS)
-            keys_at, values_at, held_keys, held_values = place(
-                anchor,
-                entry,
-                head,
-                KEY_BYTES,
-                VALUE_BYTES,
-                KEY_QUARTER,
-                VALUE_QUARTER,
-                KEY_PLANES,
-                VALUE_PLANES,
-                IS_MIXED,
-            )
-            is_left = 0 * thread + (u + 1) < count
-            keys = _load_keys(keys_at, held_keys, token, thread, is_left, KEYS_AT, KEY_QUARTER, KEY_PLANES, IS_MIXED)
-            behind, _ = _share_of_warp(u + 2, first, count, warp, HAS_BIAS)
-            entry = tl.load(entries + behind, mask=0 * behind + (u + 2) < count, other=0)
+            v0 = lower_half(scales[0])
+            v1 = lower_half(scales[1])
             s0 *= k0 * row_scale[0]
             s1 *= k0 * row_scale[1]
             s2 *= k1 * row_scale[0]
@@ -437,8 +531,6 @@ def attend_fragments(
                 s1 += mean1
                 s2 += mean0
                 s3 += mean1
-                mean0 = tl.load(means[0] + block, mask=is_row0 & is_left, other=0)
-                mean1 = tl.load(means[1] + block, mask=is_row1 & is_left, other=0)
             if HAS_BIAS:
                 b0, b1, b2, b3 = bias_in_span(u - start, span, bias_table, FAST)
                 s0 += b0 * bias_scale[0]
@@ -450,6 +542,7 @@ def attend_fragments(
             s2 = capped(s2, softcap, HAS_SOFTCAP)
             s3 = capped(s3, softcap, HAS_SOFTCAP)
             if IS_CAUSAL:
+                at = sinks + 64 * block + token + token_of_row(thread)
                 s0 = tl.where(at <= position[0], s0, float("-inf"))
                 s1 = tl.where(at <= position[1], s1, float("-inf"))
                 s2 = tl.where(at + 8 <= position[0], s2, float("-inf"))
@@ -483,12 +576,13 @@ def attend_fragments(
             sums = tl.inline_asm_elementwise(
                 VALUE_ASSEMBLY,
                 VALUE_CONSTRAINTS,
-                own_value_table + weights + (has_grown, shrink0, shrink1) + values[:VALUES] + sums,
+                own_value_table + weights + (has_grown, shrink0, shrink1) + values + sums,
                 dtype=(tl.float32,) * SUMS,
                 is_pure=True,
                 pack=1,
             )
-            values = _load_values(values_at, held_values, token, thread, is_left, VALUE_QUARTER, VALUE_PLANES, IS_MIXED)
+            before = stage
+            stage = tl.where(stage == (STAGES - 1) * STAGE, 0, stage + STAGE)
 
     # the four warps, and of a row's mass eight threads
     best0 = _most_of_row(top0)

@@ -30,6 +30,95 @@ def piece(table, part, *key):
 
 
 @triton.jit
+def token_of_row(thread):
+    """Which of 16 tokens thread (g, t) has in row g of a product; row g + 8 is the eighth token behind it.
+
+    Rows 2 t and 2 t + 1 are tokens t and t + 4: the four that a thread takes of the values then lie apart by as many
+    tokens, and threads that read shared memory at once meet no bank twice.
+    """
+    g = thread % 32 // 4
+    return g // 2 + g % 2 * 4
+
+
+@triton.constexpr_function
+def _declaration(count):
+    return f"{{ .shared .align 16 .b8 held[{count}]; mov.u32 $0, held; }}"
+
+
+@triton.jit
+def shared_bytes(thread, BYTES: tl.constexpr):
+    """Address of shared memory of the program's own, besides what Triton takes: int32, the same for all threads."""
+    ASSEMBLY: tl.constexpr = _declaration(BYTES)
+    return tl.inline_asm_elementwise(ASSEMBLY, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
+
+
+def _copies(count: int) -> tuple[str, str]:
+    lines = [".reg .pred all, last;", "setp.ne.s32 all, $2, 0;", "setp.ne.s32 last, $3, 0;"]
+    for i in range(count):
+        guard = "last" if i == count - 1 else "all"
+        lines.append(f"@{guard} cp.async.cg.shared.global [$1 + {512 * i}], [${4 + i}], 16;")
+    lines += ["cp.async.commit_group;", "mov.b32 $0, 0;"]
+    return "{\n" + "\n".join(lines) + "\n}", ",".join(["=r"] + ["r"] * 3 + ["l"] * count)
+
+
+def _shared_loads(count: int, distance: int, width: int) -> tuple[str, str]:
+    each = max(width // 4, 1)
+    kind = {2: "u16", 4: "b32", 8: "v2.b32", 16: "v4.b32"}[width]
+    lines = []
+    for i in range(count):
+        to = ", ".join(names(i * each, each))
+        to = f"{{{to}}}" if each > 1 else to
+        lines.append(f"ld.shared.{kind} {to}, [${count * each} + {distance * i}];")
+    return "\n".join(lines), ",".join(["=&r"] * (count * each) + ["r"])
+
+
+_COPIES = tl.constexpr({(count,): _copies(count) for count in range(1, 11)})
+_SHARED_LOADS = tl.constexpr({
+    (count, distance, width): _shared_loads(count, distance, width)
+    for count in (2, 4)
+    for distance in (16, 32, 64, 128, 256, 512)
+    for width in (2, 4, 8, 16)
+})
+
+
+@triton.jit
+def copy_to_shared(to, sources, is_left, is_last_left, COUNT: tl.constexpr):
+    """Begin to copy 16 bytes from each of COUNT addresses, a tuple, to shared memory: 512 bytes apart.
+
+    is_left, is_last_left: whether this thread copies, and whether it does from the last address. What is copied from
+    here on until the next call is one group, see `await_copies`.
+    """
+    ASSEMBLY: tl.constexpr = piece(_COPIES, 0, COUNT)
+    CONSTRAINTS: tl.constexpr = piece(_COPIES, 1, COUNT)
+    flags = (is_left.to(tl.int32), is_last_left.to(tl.int32))
+    tl.inline_asm_elementwise(
+        ASSEMBLY, CONSTRAINTS, (to,) + flags + sources, dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.constexpr_function
+def _wait(pending):
+    return f"cp.async.wait_group {pending}; bar.warp.sync 0xffffffff; mov.b32 $0, 0;"
+
+
+@triton.jit
+def await_copies(thread, PENDING: tl.constexpr):
+    """Wait until of this warp's groups of copies only the newest PENDING may be under way; all its threads see them."""
+    ASSEMBLY: tl.constexpr = _wait(PENDING)
+    tl.inline_asm_elementwise(ASSEMBLY, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def shared_words(at, COUNT: tl.constexpr, DISTANCE: tl.constexpr, BYTES: tl.constexpr):
+    """BYTES (2 to 16) of shared memory from each of COUNT addresses, DISTANCE apart, as a tuple of int32."""
+    ASSEMBLY: tl.constexpr = piece(_SHARED_LOADS, 0, COUNT, DISTANCE, BYTES)
+    CONSTRAINTS: tl.constexpr = piece(_SHARED_LOADS, 1, COUNT, DISTANCE, BYTES)
+    WORDS: tl.constexpr = COUNT * max(BYTES // 4, 1)
+    # not pure: it stays behind the wait
+    return tl.inline_asm_elementwise(ASSEMBLY, CONSTRAINTS, [at], dtype=(tl.int32,) * WORDS, is_pure=False, pack=1)
+
+
+@triton.jit
 def words_at(pointer, mask, BYTES: tl.constexpr, IS_KEPT: tl.constexpr = False):
     """2 to 32 bytes, a power of two, as a tuple of int32; IS_KEPT: in the L1.
 

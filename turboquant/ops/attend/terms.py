@@ -20,6 +20,7 @@ from turboquant.ops.attend.lanes import (
     multiply,
     names,
     piece,
+    token_of_row,
     transposed,
     two_floats,
 )
@@ -259,8 +260,8 @@ def span_of_bias(
 
 @triton.jit
 def bias_in_span(i, span, table, FAST: tl.constexpr):
-    """What the bias adds to token 16 i + g of a span in rows 2 t and 2 t + 1, and to the eighth behind it, but for
-    `bias_scale`. table: BiasTables.spans.
+    """What the bias adds to token 16 i + token_of_row of a span in rows 2 t and 2 t + 1, and to the eighth behind it,
+    but for `bias_scale`. table: BiasTables.spans.
     """
     PRODUCTS: tl.constexpr = FAST // 8 + 1
     ASSEMBLY: tl.constexpr = piece(_BIAS, 0, PRODUCTS)
@@ -301,7 +302,7 @@ def store_bias_of_tail(
             position = first_slot + tl.where(run == 0, 0, turns - tl.where(run == 1, 0, slots - sinks)) + 0 * thread
             span = span_of_bias(position, coefficients, frequencies, series, constant, PAIRS_PADDED, FAST)
             s0, s1, s2, s3 = bias_in_span(thread // 32, span, table, FAST)
-            slot = first_slot + thread // 32 * 16 + thread % 32 // 4
+            slot = first_slot + thread // 32 * 16 + token_of_row(thread)
             row = thread % 4 * 2
             is_there = (slot >= begin) & (slot < end)
             tl.store(out[0] + slot, s0 * bias_scale[0], mask=is_there & (row < rows))
