@@ -141,6 +141,8 @@ class _Warp:
                 SHARED[:] = 0xFF  # NaN
                 assert int(size) + SHARED_AT <= len(SHARED)
                 self.frames[-1][name] = np.full(LANES, SHARED_AT, np.uint32)
+            elif line.startswith("@") and "prefetch" in line:
+                pass  # changes nothing
             elif line.startswith("@") and "cp.async" in line:
                 guard, _, copy = line.partition(" ")
                 self.copy(_operands(copy.partition(" ")[2]), self.read(guard[1:]).astype(bool))

@@ -16,8 +16,11 @@ from packed_tokens import Case, make_layer
 
 from turboquant.errors import OptionError
 from turboquant.key_bias import KeyBias
+from turboquant.layout import BlockLayout, SideLayout
 from turboquant.ops.attend import attend_packed, bias_terms, kernel
 from turboquant.ops.attend.bias import bias_tables
+from turboquant.ops.attend.fragments import TRITON_BYTES, WARPS, programs_and_units, unit_bytes
+from turboquant.ops.attend.kernel import _share as kernel_share
 from turboquant.ops.attend.lanes import token_of_row
 from turboquant.ops.attend.terms import bias_in_span, span_of_bias
 from turboquant.policy import Precision
@@ -172,13 +175,17 @@ def emulated_assembly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 # Multiprocessors that a call is spread over: where few programs share many tokens, each of their warps takes several
-# spans of a key bias, and several rounds of block means.
+# spans of a key bias, and several rounds of block means; where programs have many blocks, those of the tail take some.
 @pytest.mark.usefixtures("emulated_assembly")
 @pytest.mark.parametrize(
     ("case", "processors"),
     [(case, 4) for case in FRAGMENTS]
     + [(case, 1) for case in FRAGMENTS if {"window", "sinks"} & case.keys()]
-    + [({"has_bias": has_bias, "lengths": (2250,), "key_dim": 64, "heads_per_group": 2}, 1) for has_bias in (0, 1)],
+    + [
+        ({"has_bias": has_bias, "lengths": (2250,), "key_dim": 64, "heads_per_group": 2}, processors)
+        for has_bias in (False, True)
+        for processors in (1, 3)
+    ],
     ids=lambda value: name_of(value) if isinstance(value, dict) else f"processors={value}",
 )
 def test_fragments_emulated(case: dict[str, Any], processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +194,7 @@ def test_fragments_emulated(case: dict[str, Any], processors: int, monkeypatch: 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("processors", [None, 8])
+@pytest.mark.parametrize("processors", [None, 16])
 @pytest.mark.parametrize("case", FRAGMENTS, ids=name_of)
 def test_fragments_on_a_gpu(case: dict[str, Any], processors: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if processors is not None:
@@ -391,6 +398,41 @@ def test_values_of_small_weight_may_be_left_out_within_the_bound(bits: int, devi
 def test_a_threshold_that_leaves_everything_out_is_refused() -> None:
     with pytest.raises(OptionError, match="skip_below must be at least 0 and less than 1; got 1.5"):
         StoreOptions(Precision(3, 3), skip_below=1.5)
+
+
+@triton.jit
+def _store_shares(out, splits, tails, blocks, with_tails):
+    first, last = kernel_share(tl.program_id(0), splits, tails, blocks, with_tails != 0)
+    tl.store(out + 2 * tl.program_id(0), first)
+    tl.store(out + 2 * tl.program_id(0) + 1, last)
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 7, 30, 100, 1000])
+@pytest.mark.parametrize(("splits", "tails", "with_tails"), [(1, 4, False), (9, 4, False), (9, 4, True), (49, 4, True)])
+def test_every_block_is_in_one_share(splits: int, tails: int, with_tails: bool, blocks: int) -> None:
+    out = torch.zeros(splits, 2, dtype=torch.int32)
+    _store_shares[(splits,)](out, splits, tails, blocks, int(with_tails))
+    shares = [range(first, last) for first, last in out.tolist()]
+    assert [block for share in shares for block in share] == list(range(blocks))
+    alone = shares[: splits - tails] if with_tails else shares
+    if with_tails and blocks > 4 * splits:
+        # programs with a tail take fewer, and all others as many, but for what is left over
+        assert all(len(share) < len(alone[0]) for share in shares[len(alone) :])
+    assert len({len(share) for share in alone if share}) <= 2
+
+
+# Shared memory of a multiprocessor (CUDA programming guide, table of compute capabilities), KiB.
+@pytest.mark.parametrize(
+    ("bits", "dim", "shared", "expected"),
+    [(3, 128, 228, (3, 4)), (4, 128, 228, (3, 3)), (3, 128, 100, (3, 2)), (4, 128, 100, (2, 3)), (4, 256, 100, (1, 2))],
+)
+def test_programs_fit_the_shared_memory(bits: int, dim: int, shared: int, expected: tuple[int, int]) -> None:
+    side = SideLayout(bits, dim, torch.bfloat16, False)
+    unit = unit_bytes(BlockLayout(8, side, side))
+    wanted = 3 if dim == 128 else 2
+    programs, units = programs_and_units(wanted, unit, shared << 10)
+    assert (programs, units) == expected
+    assert programs * (WARPS * units * unit + TRITON_BYTES + 1024) <= shared << 10
 
 
 @pytest.mark.parametrize(("base", "pairs", "fast"), [(1e6, 64, 16), (1e4, 64, 24), (1e6, 32, 8), (10.0, 64, 64)])

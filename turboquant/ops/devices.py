@@ -33,6 +33,14 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory of a multiprocessor; of an H100 elsewhere."""
+    if device.type != "cuda":
+        return 228 << 10
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor)
+
+
 def is_interpreted() -> bool:
     """Whether Triton runs kernels in its interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"

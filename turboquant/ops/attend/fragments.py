@@ -19,6 +19,7 @@ Triton's interpreter runs it where a test lends it the PTX.
 import triton
 import triton.language as tl
 
+from turboquant.layout import BlockLayout
 from turboquant.ops.attend.bias import SPAN_TOKENS
 from turboquant.ops.attend.lanes import (
     await_copies,
@@ -36,7 +37,7 @@ from turboquant.ops.attend.lanes import (
     words_at,
 )
 from turboquant.ops.attend.parts import capped, place
-from turboquant.ops.attend.terms import bias_in_span, span_of_bias, zero_again
+from turboquant.ops.attend.terms import bias_in_span, span_of_bias, store_means, zero_again
 from turboquant.ops.unpack.kernel import DecoderRegisters, decoder, in_vector_register
 
 # Query rows that a program can hold.
@@ -45,10 +46,29 @@ SPAN = tl.constexpr(SPAN_TOKENS)
 WARPS = 4
 QUARTERS = (16, 32, 64)  # bytes of plane 0, of heads that are served
 
-# Shared memory for blocks: what remains of 48 KiB beside Triton's own, beyond which a launch would have to ask.
-STAGED = tl.constexpr(29 << 10)
+# Shared memory that a launch has without asking for more, and what Triton takes of it.
+SHARED_BYTES = 48 << 10
+TRITON_BYTES = 18 << 10
+
+# What every program takes besides.
+_SYSTEM_BYTES = 1 << 10
 
 _TABLES = 6  # operands that every piece of assembly begins with: table, signs, factor
+
+
+def unit_bytes(layout: BlockLayout) -> int:
+    """Shared memory for 16 tokens of a head: planes, and scales in float16."""
+    return sum(8 * (side.num_planes + 1) * (side.dim // 4) + 32 for side in (layout.key, layout.value))
+
+
+def programs_and_units(programs: int, unit: int, shared: int) -> tuple[int, int]:
+    """How many programs a multiprocessor with that much shared memory runs at once, of those wanted, and how often 16
+    tokens each of their warps has there or on their way: 2 to 4 times.
+    """
+    least = 2 * WARPS * unit + TRITON_BYTES + _SYSTEM_BYTES
+    programs = max(1, min(programs, shared // least))
+    room = min(SHARED_BYTES, shared // programs - _SYSTEM_BYTES) - TRITON_BYTES
+    return programs, max(2, min(4, room // (WARPS * unit)))
 
 
 def _decoder_registers(first: int, a: str, y1: str, y2: str) -> DecoderRegisters:
@@ -196,8 +216,8 @@ def _source(
 
 
 @triton.jit
-def _begin_stage(
-    stage,
+def _begin_unit(
+    unit,
     anchor,
     entry,
     head,
@@ -211,9 +231,9 @@ def _begin_stage(
     KEY_PLANES: tl.constexpr,
     VALUE_PLANES: tl.constexpr,
     IS_MIXED: tl.constexpr,
-    STAGE: tl.constexpr,
+    UNIT_BYTES: tl.constexpr,
 ):
-    """Begin to copy what belongs to 16 tokens of a block, from `token` on, to shared memory at `stage`."""
+    """Begin to copy what belongs to 16 tokens of a block, from `token` on, to shared memory at `unit`."""
     keys_at, values_at, held_keys, held_values = place(
         anchor, entry, head, KEY_BYTES, VALUE_BYTES, KEY_QUARTER, VALUE_QUARTER, KEY_PLANES, VALUE_PLANES, IS_MIXED
     )
@@ -221,7 +241,7 @@ def _begin_stage(
     key_bits = _bits_at(held_keys, KEY_QUARTER, IS_MIXED)
     value_bits = _bits_at(held_values, VALUE_QUARTER, IS_MIXED)
     lane = tl.arange(0, 32 * 4) % 32
-    CHUNKS: tl.constexpr = STAGE // 16
+    CHUNKS: tl.constexpr = UNIT_BYTES // 16
     COUNT: tl.constexpr = (CHUNKS + 31) // 32
     sources = ()
     for i in tl.static_range(0, COUNT):
@@ -239,11 +259,13 @@ def _begin_stage(
         )
         sources = sources + ((keys_at + at).to(tl.int64),)
     is_last = is_left & (lane < CHUNKS - 32 * (COUNT - 1))
-    copy_to_shared(stage + 16 * lane, sources, is_left, is_last, COUNT)
+    copy_to_shared(unit + 16 * lane, sources, is_left, is_last, COUNT)
 
 
 @triton.jit
-def _staged_keys(stage, thread, SCALES_AT: tl.constexpr, BITS_AT: tl.constexpr, QUARTER: tl.constexpr, PLANES: tl.constexpr):
+def _held_keys(
+    unit, thread, SCALES_AT: tl.constexpr, BITS_AT: tl.constexpr, QUARTER: tl.constexpr, PLANES: tl.constexpr
+):
     """A thread's part of the keys of its two tokens, and their scales: words as `_scores` takes them, of each token
     plane by plane.
     """
@@ -251,26 +273,26 @@ def _staged_keys(stage, thread, SCALES_AT: tl.constexpr, BITS_AT: tl.constexpr, 
     token = token_of_row(thread)
     OWN: tl.constexpr = QUARTER // 4
     WORDS: tl.constexpr = OWN // 4
-    own = shared_words(stage + token * QUARTER + t * OWN, 2, 8 * QUARTER, OWN)
+    own = shared_words(unit + token * QUARTER + t * OWN, 2, 8 * QUARTER, OWN)
     first = own[:WORDS]
     second = own[WORDS:]
     for p in tl.static_range(0, PLANES - 1):
-        bits = stage + (token * (QUARTER // 2) + t % 2 * OWN + (BITS_AT + p * 8 * QUARTER))
+        bits = unit + (token * (QUARTER // 2) + t % 2 * OWN + (BITS_AT + p * 8 * QUARTER))
         own = shared_words(bits, 2, 4 * QUARTER, OWN)
         first = first + own[:WORDS]
         second = second + own[WORDS:]
-    return first + second + shared_words(stage + (SCALES_AT + 2 * token), 2, 16, 2)
+    return first + second + shared_words(unit + (SCALES_AT + 2 * token), 2, 16, 2)
 
 
 @triton.jit
-def _staged_values(stage, thread, AT: tl.constexpr, BITS_AT: tl.constexpr, QUARTER: tl.constexpr, PLANES: tl.constexpr):
+def _held_values(unit, thread, AT: tl.constexpr, BITS_AT: tl.constexpr, QUARTER: tl.constexpr, PLANES: tl.constexpr):
     """A thread's part of the values of four tokens: words as `_values` takes them."""
     t = thread % 4
     g = thread % 32 // 4
     EIGHTH: tl.constexpr = QUARTER // 8
-    words = _by_word(shared_words(stage + (AT + t * QUARTER + g * EIGHTH), 4, 4 * QUARTER, EIGHTH), EIGHTH)
+    words = _by_word(shared_words(unit + (AT + t * QUARTER + g * EIGHTH), 4, 4 * QUARTER, EIGHTH), EIGHTH)
     for p in tl.static_range(0, PLANES - 1):
-        bits = stage + (t * (QUARTER // 2) + g % 4 * EIGHTH + (BITS_AT + p * 8 * QUARTER))
+        bits = unit + (t * (QUARTER // 2) + g % 4 * EIGHTH + (BITS_AT + p * 8 * QUARTER))
         words = words + _by_word(shared_words(bits, 4, 2 * QUARTER, EIGHTH), EIGHTH)
     return words
 
@@ -358,7 +380,56 @@ def _to_threads(x):
 
 
 @triton.jit
+def begin_units(
+    anchor,
+    entries,
+    first,
+    last,
+    head,
+    KEYS_AT: tl.constexpr,
+    KEY_BYTES: tl.constexpr,
+    VALUE_BYTES: tl.constexpr,
+    KEY_QUARTER: tl.constexpr,
+    VALUE_QUARTER: tl.constexpr,
+    KEY_PLANES: tl.constexpr,
+    VALUE_PLANES: tl.constexpr,
+    IS_MIXED: tl.constexpr,
+    IN_RUNS: tl.constexpr,
+    UNIT_BYTES: tl.constexpr,
+    UNITS: tl.constexpr,
+):
+    """Begin to copy the first units of each warp; its shared memory, and the entry of the first unit behind them."""
+    thread = tl.arange(0, 32 * 4)
+    warp = thread // 32
+    count = tl.maximum(last - first, 0)
+    held = shared_bytes(thread, 4 * UNITS * UNIT_BYTES) + warp * (UNITS * UNIT_BYTES)
+    for j in tl.static_range(0, UNITS - 1):
+        block, token = _share_of_warp(j, first, count, warp, IN_RUNS)
+        entry = tl.load(entries + block, mask=0 * block + j < count, other=0)
+        _begin_unit(
+            held + j * UNIT_BYTES,
+            anchor,
+            entry,
+            head,
+            token,
+            0 * thread + j < count,
+            KEYS_AT,
+            KEY_BYTES,
+            VALUE_BYTES,
+            KEY_QUARTER,
+            VALUE_QUARTER,
+            KEY_PLANES,
+            VALUE_PLANES,
+            IS_MIXED,
+            UNIT_BYTES,
+        )
+    block, _ = _share_of_warp(UNITS - 1, first, count, warp, IN_RUNS)
+    return held, tl.load(entries + block, mask=0 * block + (UNITS - 1) < count, other=0)
+
+
+@triton.jit
 def attend_fragments(
+    begun,
     anchor,
     entries,
     first,
@@ -371,6 +442,7 @@ def attend_fragments(
     position,
     softcap,
     means,
+    for_means,
     bias,
     bias_table,
     bias_scale,
@@ -393,11 +465,15 @@ def attend_fragments(
     IS_CAUSAL: tl.constexpr,
     PAIRS_PADDED: tl.constexpr,
     FAST: tl.constexpr,
+    KEYS_AT: tl.constexpr,
+    UNIT_BYTES: tl.constexpr,
+    UNITS: tl.constexpr,
 ):
     """The blocks [first, last) of `entries` for `rows` query rows, at most 8; stores top, mass and weighted sums.
 
-    q: [128], where thread (g, t)'s row g begins in what `prepare_rows` left in float16. row_scale, position, means,
+    begun: from `begin_units`. q: [128], where thread (g, t)'s row g begins in what `prepare_rows` left in float16. row_scale, position, means,
     bias_scale: pairs of [128], of its rows 2 t and 2 t + 1; means point to what is added to the scores of block 0.
+    for_means: of row g, what `store_means` takes: its query in float32, the factor of its scores, where block 0's goes.
     bias: what `span_of_bias` takes behind the position. out_top, out_mass, out_acc: of the first row.
     """
     thread = tl.arange(0, 32 * 4)
@@ -419,43 +495,37 @@ def attend_fragments(
     is_row0 = 2 * t < rows
     is_row1 = 2 * t + 1 < rows
 
-    KEYS_AT: tl.constexpr = 128 + (2 * KEY_DIM if HAS_MEANS else 0)
-    # what 16 tokens take of shared memory, and how many times that a warp has there, or on their way
-    STAGE: tl.constexpr = 8 * (KEY_PLANES + 1) * KEY_QUARTER + 8 * (VALUE_PLANES + 1) * VALUE_QUARTER + 64
-    STAGES: tl.constexpr = max(2, min(4, STAGED // (4 * STAGE)))
-    # within a stage, see `_source`
+    # within a unit, see `_source`
     VALUES_AT: tl.constexpr = 16 * KEY_QUARTER
     KEY_BITS_AT: tl.constexpr = VALUES_AT + 16 * VALUE_QUARTER
     VALUE_BITS_AT: tl.constexpr = KEY_BITS_AT + (KEY_PLANES - 1) * 8 * KEY_QUARTER
-    SCALES_AT: tl.constexpr = STAGE - 64
+    SCALES_AT: tl.constexpr = UNIT_BYTES - 64
     warp = thread // 32
     count = tl.maximum(last - first, 0)
-    held = shared_bytes(thread, 4 * STAGES * STAGE) + warp * (STAGES * STAGE)
-    for j in tl.static_range(0, STAGES - 1):
-        block, token = _share_of_warp(j, first, count, warp, HAS_BIAS)
-        entry = tl.load(entries + block, mask=0 * block + j < count, other=0)
-        _begin_stage(
-            held + j * STAGE,
+    held, entry = begun
+    if HAS_MEANS:
+        store_means(
             anchor,
-            entry,
+            entries,
+            first,
+            last,
             head,
-            token,
-            0 * thread + j < count,
-            KEYS_AT,
-            KEY_BYTES,
-            VALUE_BYTES,
-            KEY_QUARTER,
+            for_means[0],
+            is_row,
+            for_means[1],
+            for_means[2],
+            KEY_DIM,
             VALUE_QUARTER,
             KEY_PLANES,
             VALUE_PLANES,
+            KEY_BYTES,
+            VALUE_BYTES,
             IS_MIXED,
-            STAGE,
         )
-    block, _ = _share_of_warp(STAGES - 1, first, count, warp, HAS_BIAS)
-    entry = tl.load(entries + block, mask=0 * block + (STAGES - 1) < count, other=0)
-    # where the next stage begins, and that which was read last
-    stage = 0 * count
-    before = stage + (STAGES - 1) * STAGE
+        tl.debug_barrier()  # other threads read what these have stored
+    # where the unit lies that is read next, and that which was read last
+    unit = 0 * count
+    before = unit + (UNITS - 1) * UNIT_BYTES
     # a warp's tokens are one run where there is a bias, of which 16 times 16 are a span
     EACH: tl.constexpr = SPAN // 16 if HAS_BIAS else 1 << 30
     for start in tl.range(0, count, EACH, num_stages=1):
@@ -472,16 +542,16 @@ def attend_fragments(
             # read again behind it, where registers are short
             queries = _load_queries(q, t + zero_again(start + 0 * t), is_row, KEY_QUARTER)
         for u in tl.range(start, tl.minimum(start + EACH, count), num_stages=1):
-            await_copies(thread, STAGES - 2)
+            await_copies(thread, UNITS - 2)
             # all threads of the warp are done with what was read last
-            _, token = _share_of_warp(u + (STAGES - 1), first, count, warp, HAS_BIAS)
-            _begin_stage(
+            _, token = _share_of_warp(u + (UNITS - 1), first, count, warp, HAS_BIAS)
+            _begin_unit(
                 held + before,
                 anchor,
                 entry,
                 head,
                 token,
-                0 * thread + (u + (STAGES - 1)) < count,
+                0 * thread + (u + (UNITS - 1)) < count,
                 KEYS_AT,
                 KEY_BYTES,
                 VALUE_BYTES,
@@ -490,12 +560,12 @@ def attend_fragments(
                 KEY_PLANES,
                 VALUE_PLANES,
                 IS_MIXED,
-                STAGE,
+                UNIT_BYTES,
             )
-            block, _ = _share_of_warp(u + STAGES, first, count, warp, HAS_BIAS)
-            entry = tl.load(entries + block, mask=0 * block + (u + STAGES) < count, other=0)
+            block, _ = _share_of_warp(u + UNITS, first, count, warp, HAS_BIAS)
+            entry = tl.load(entries + block, mask=0 * block + (u + UNITS) < count, other=0)
             block, token = _share_of_warp(u, first, count, warp, HAS_BIAS)
-            keys = _staged_keys(held + stage, thread, SCALES_AT, KEY_BITS_AT, KEY_QUARTER, KEY_PLANES)
+            keys = _held_keys(held + unit, thread, SCALES_AT, KEY_BITS_AT, KEY_QUARTER, KEY_PLANES)
             own_key_table = key_table
             own_value_table = value_table
             if IS_MIXED:
@@ -516,8 +586,8 @@ def attend_fragments(
                 is_pure=True,
                 pack=1,
             )
-            scales = shared_words(held + (stage + (SCALES_AT + 32)) + 2 * token_of_row(thread), 2, 16, 2)
-            values = _staged_values(held + stage, thread, VALUES_AT, VALUE_BITS_AT, VALUE_QUARTER, VALUE_PLANES)
+            scales = shared_words(held + (unit + (SCALES_AT + 32)) + 2 * token_of_row(thread), 2, 16, 2)
+            values = _held_values(held + unit, thread, VALUES_AT, VALUE_BITS_AT, VALUE_QUARTER, VALUE_PLANES)
             k0 = lower_half(keys[2 * KEYS])
             k1 = lower_half(keys[2 * KEYS + 1])
             v0 = lower_half(scales[0])
@@ -581,8 +651,8 @@ def attend_fragments(
                 is_pure=True,
                 pack=1,
             )
-            before = stage
-            stage = tl.where(stage == (STAGES - 1) * STAGE, 0, stage + STAGE)
+            before = unit
+            unit = tl.where(unit == (UNITS - 1) * UNIT_BYTES, 0, unit + UNIT_BYTES)
 
     # the four warps, and of a row's mass eight threads
     best0 = _most_of_row(top0)

@@ -20,12 +20,13 @@ import triton.language as tl
 
 from turboquant.layout import BLOCK_TOKENS, PackedTokens
 from turboquant.ops.attend.bias import BiasTerms
-from turboquant.ops.attend.fragments import QUARTERS, attend_fragments
+from turboquant.ops.attend.fragments import QUARTERS, attend_fragments, begin_units, programs_and_units, unit_bytes
 from turboquant.ops.attend.fragments import ROWS as FRAGMENT_ROWS
 from turboquant.ops.attend.fragments import WARPS as FRAGMENT_WARPS
 from turboquant.ops.attend.parts import (
     add_scores,
     add_scores_dense,
+    ask_for_tail,
     bias_of_tokens,
     by_row,
     capped,
@@ -35,6 +36,7 @@ from turboquant.ops.attend.parts import (
     mean_quarter,
     no_scores,
     place,
+    plain_quarter,
     plain_quarters,
     rotated_quarters,
     row_factors,
@@ -44,8 +46,8 @@ from turboquant.ops.attend.parts import (
     turned_back,
 )
 from turboquant.ops.attend.rows import merge_rows, prepare_rows
-from turboquant.ops.attend.terms import PAIRS, store_bias_of_tail, store_means
-from turboquant.ops.devices import capability, is_interpreted, multiprocessors
+from turboquant.ops.attend.terms import PAIRS, store_bias_of_tail
+from turboquant.ops.devices import capability, is_interpreted, multiprocessors, shared_memory
 from turboquant.ops.unpack.kernel import decode_fields, load_codes
 from turboquant.ops.unpack.kernel import tables as decoder_tables
 
@@ -96,6 +98,25 @@ _CHUNK = 32
 
 # A share of fewer blocks costs more in merging than it gains in parallel.
 _LEAST_BLOCKS = 2
+
+# As many blocks take as long as 64 slots of the tail. Where programs have more, those of the tail take blocks as well.
+_TAIL_BLOCKS = 3
+TAIL_BLOCKS = tl.constexpr(_TAIL_BLOCKS)
+
+
+@triton.jit
+def _share(split, splits, tails, blocks, with_tails):
+    """The first of `blocks` that a program takes, and the one behind its last; with_tails: the last programs have a
+    tail, too, and take fewer.
+    """
+    fewer = tl.where(with_tails, TAIL_BLOCKS, 0)
+    alone = tl.maximum(splits - tl.where(with_tails, tails, 0), 1)  # that have no tail
+    share = (blocks + alone - 1) // alone
+    if share > fewer:
+        share = tl.maximum((blocks + (splits - alone) * fewer + splits - 1) // splits, fewer)
+    first = tl.minimum(split, alone) * share + tl.maximum(split - alone, 0) * (share - tl.minimum(fewer, share))
+    own = tl.where(split < alone, share, share - tl.minimum(fewer, share))
+    return first, tl.minimum(first + own, blocks)
 
 
 @triton.jit
@@ -218,7 +239,6 @@ def _attend_blocks(
         cos, sin = turned((sinks + 64 * first).to(tl.int64), frequency)
         cos_step, sin_step = turned(tl.full((1,), 64, tl.int64), frequency)
         along_cos, along_sin = turned_back(along_cos, along_sin, cos[None, :], sin[None, :])
-        turns, turns_low = table_of_block(bias_table, PAIRS_PADDED)
     for block in tl.range(first, last, num_stages=STAGES):
         entry = tl.load(entries + block)
         keys_at, values_at, key_planes, value_planes = place(
@@ -263,10 +283,12 @@ def _attend_blocks(
         if HAS_BIAS:
             both = tl.reshape(tl.join(along_cos, along_sin), (ROWS, 2 * PAIRS_PADDED))
             high, low = high_and_low(both, tl.float16)
-            bias = add_scores(no_scores(ROWS, SWAP), high, turns, SWAP, ON_GPU)
-            bias = add_scores(bias, low, turns, SWAP, ON_GPU)
-            bias = by_row(add_scores(bias, high, turns_low, SWAP, ON_GPU), SWAP)
-            s += bias * bias_scale[:, None] + constant[:, None]
+            terms = add_scores(no_scores(ROWS, SWAP), high, table_of_block(bias_table, 1, PAIRS_PADDED), SWAP, ON_GPU)
+            tl.debug_barrier()  # so that both parts of the table take the same shared memory
+            turns = table_of_block(bias_table, 0, PAIRS_PADDED)
+            terms = add_scores(terms, low, turns, SWAP, ON_GPU)
+            terms = add_scores(terms, high, turns, SWAP, ON_GPU)
+            s += by_row(terms, SWAP) * bias_scale[:, None] + constant[:, None]
             along_cos, along_sin = turned_back(along_cos, along_sin, cos_step[None, :], sin_step[None, :])
         s = capped(s, softcap, HAS_SOFTCAP)
         if IS_CAUSAL:
@@ -342,6 +364,7 @@ def _attend_tail(
     position,
     softcap,
     terms,
+    for_terms,
     KEY_DIM: tl.constexpr,
     KEY_QUARTER: tl.constexpr,
     KEY_QUARTER_PADDED: tl.constexpr,
@@ -351,25 +374,57 @@ def _attend_tail(
     HAS_BIAS: tl.constexpr,
     READS_TERMS: tl.constexpr,
     PAIRS_PADDED: tl.constexpr,
+    FAST: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr,
     SWAP: tl.constexpr,
     ON_GPU: tl.constexpr,
+    BY_QUARTER: tl.constexpr,
 ):
     """64 slots of one head's tail: sinks, then the ring of recent tokens. key_tail, value_tail: of that head.
 
-    terms: [ROWS] pointers to what `store_bias_of_tail` has found for slot 0, where READS_TERMS.
+    terms: [ROWS] pointers to where `store_bias_of_tail`, which takes for_terms, leaves what it finds for slot 0, where
+    READS_TERMS. BY_QUARTER: one after
+    the other, in a quarter of the shared memory.
     """
     slot = first_slot + tl.arange(0, 64)
     token, in_ring = token_of(slot, slots, sinks, length)
     is_recent = (slot >= sinks) & (slot < tl.where(length > sinks, slots, 0)) & (in_ring >= 64 * blocks)
     is_held = ((slot < sinks) & (slot < length)) | is_recent
-    k0, k1, k2, k3 = plain_quarters(key_tail, KEY_DIM, slot, is_held, KEY_QUARTER, KEY_QUARTER_PADDED)
+    k = ()
+    if not BY_QUARTER:
+        k = plain_quarters(key_tail, KEY_DIM, slot, is_held, KEY_QUARTER, KEY_QUARTER_PADDED)
+    if READS_TERMS:
+        # while these are on their way
+        store_bias_of_tail(
+            first_slot,
+            slots,
+            sinks,
+            length,
+            for_terms[0],
+            frequencies,
+            for_terms[1],
+            for_terms[2],
+            for_terms[3],
+            for_terms[4],
+            for_terms[5],
+            for_terms[6],
+            PAIRS_PADDED,
+            FAST,
+        )
+        tl.debug_barrier()  # other threads read what these have stored
     s = no_scores(ROWS, SWAP)
-    s = add_scores_dense(s, q0, k0, SWAP, ON_GPU)
-    s = add_scores_dense(s, q1, k1, SWAP, ON_GPU)
-    s = add_scores_dense(s, q2, k2, SWAP, ON_GPU)
-    s = add_scores_dense(s, q3, k3, SWAP, ON_GPU)
+    if BY_QUARTER:
+        queries = (q0, q1, q2, q3)
+        for f in tl.static_range(0, 4):
+            keys = plain_quarter(key_tail, KEY_DIM, slot, is_held, KEY_QUARTER, KEY_QUARTER_PADDED, f)
+            s = add_scores_dense(s, queries[f], keys, SWAP, ON_GPU)
+            tl.debug_barrier()
+    else:
+        s = add_scores_dense(s, q0, k[0], SWAP, ON_GPU)
+        s = add_scores_dense(s, q1, k[1], SWAP, ON_GPU)
+        s = add_scores_dense(s, q2, k[2], SWAP, ON_GPU)
+        s = add_scores_dense(s, q3, k[3], SWAP, ON_GPU)
     s = by_row(s, SWAP) * row_scale[:, None]
     if HAS_BIAS:
         if READS_TERMS:
@@ -386,15 +441,21 @@ def _attend_tail(
     mass = tl.sum(weights, 1)
     weights = weights.to(value_tail.dtype.element_ty)
     none = tl.zeros((ROWS, VALUE_QUARTER_PADDED), tl.float32)
-    v0, v1, v2, v3 = plain_quarters(value_tail, VALUE_DIM, slot, is_held, VALUE_QUARTER, VALUE_QUARTER_PADDED)
-    return (
-        top,
-        mass,
-        dot(weights, v0, none, ON_GPU),
-        dot(weights, v1, none, ON_GPU),
-        dot(weights, v2, none, ON_GPU),
-        dot(weights, v3, none, ON_GPU),
-    )
+    sums = ()
+    if BY_QUARTER:
+        for f in tl.static_range(0, 4):
+            values = plain_quarter(value_tail, VALUE_DIM, slot, is_held, VALUE_QUARTER, VALUE_QUARTER_PADDED, f)
+            sums = sums + (dot(weights, values, none, ON_GPU),)
+            tl.debug_barrier()
+    else:
+        v0, v1, v2, v3 = plain_quarters(value_tail, VALUE_DIM, slot, is_held, VALUE_QUARTER, VALUE_QUARTER_PADDED)
+        sums = (
+            dot(weights, v0, none, ON_GPU),
+            dot(weights, v1, none, ON_GPU),
+            dot(weights, v2, none, ON_GPU),
+            dot(weights, v3, none, ON_GPU),
+        )
+    return (top, mass) + sums
 
 
 @triton.jit
@@ -487,12 +548,16 @@ def _attend_split(
     ON_GPU: tl.constexpr,
     STAGES: tl.constexpr,
     IN_FRAGMENTS: tl.constexpr,
+    BY_QUARTER: tl.constexpr,
+    UNIT_BYTES: tl.constexpr,
+    UNITS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """A share of the tokens of one row of the batch, one KV head, ROWS query rows: top score, mass, weighted sum.
 
-    The first `splits` programs take blocks, each of the others 64 slots of the sinks and the recent window. The
-    weight of a token is its value's scale times exp(score); the top is that of the weights.
+    The first `splits` programs take blocks, each of the last ones 64 slots of the sinks and the recent window: of some
+    more programs, or, where all programs take blocks, of those that get fewer. The weight of a token is its value's
+    scale times exp(score); the top is that of the weights.
     """
     split = tl.program_id(0)
     bg = tl.program_id(1)
@@ -504,13 +569,37 @@ def _attend_split(
     # past the L1: what an earlier launch has changed is read before the wait
     length = tl.load(lengths + b, cache_modifier=".cg")
     blocks = tl.maximum(tl.load(coded + b, cache_modifier=".cg"), (length - sinks - window) // 64)
-    to = (bg.to(tl.int64) * tl.num_programs(0) + split) * rows
+    tails = (slots + 63) // 64
+    tail = split - (tl.num_programs(0) - tails)
+    to = bg.to(tl.int64) * (splits + tails) * rows
     # a query that was padding sees the first token
     position = tl.maximum(length - tokens + r % tokens, 0)
-    share = (blocks + splits - 1) // tl.maximum(splits, 1)
-    first = split * share
-    last = tl.minimum(first + share, blocks)
+    first, last = _share(split, splits, tails, blocks, tl.num_programs(0) == splits)
     entries = table + b.to(tl.int64) * table_stride
+    KEYS_AT: tl.constexpr = 128 + (2 * KEY_DIM if HAS_MEANS else 0)
+    if IN_FRAGMENTS:
+        # ahead of the wait: no launch of this call writes them
+        begun = begin_units(
+            anchor,
+            entries,
+            first,
+            last,
+            bg % groups,
+            KEYS_AT,
+            KEY_BYTES,
+            VALUE_BYTES,
+            KEY_QUARTER,
+            VALUE_QUARTER,
+            KEY_PLANES,
+            VALUE_PLANES,
+            IS_MIXED,
+            HAS_BIAS,
+            UNIT_BYTES,
+            UNITS,
+        )
+        if tail >= 0:
+            ask_for_tail(key_tail + bg.to(tl.int64) * slots * KEY_DIM, tail * 64, slots, KEY_DIM)
+            ask_for_tail(value_tail + bg.to(tl.int64) * slots * VALUE_DIM, tail * 64, slots, VALUE_DIM)
     join_launches(OVERLAPS)
     if IN_FRAGMENTS:
         # of thread (g, t) row g, then rows 2 t and 2 t + 1, see `attend_fragments`
@@ -538,28 +627,10 @@ def _attend_split(
     row_scale, bias_scale, constant = row_factors(factor, at, is_row, scale, bias_scaling, HAS_BIAS, HAS_SOFTCAP)
 
     if split < splits:
+        to_part = to + split * rows
         if IN_FRAGMENTS:
-            if HAS_MEANS:
-                store_means(
-                    anchor,
-                    entries,
-                    first,
-                    last,
-                    bg % groups,
-                    q + own * (4 * KEY_QUARTER_PADDED),
-                    is_own,
-                    own_scale,
-                    terms + own * terms_stride + terms_means,
-                    KEY_DIM,
-                    VALUE_QUARTER,
-                    KEY_PLANES,
-                    VALUE_PLANES,
-                    KEY_BYTES,
-                    VALUE_BYTES,
-                    IS_MIXED,
-                )
-                tl.debug_barrier()  # other threads read what these have stored
             attend_fragments(
+                begun,
                 anchor,
                 entries,
                 first,
@@ -575,13 +646,14 @@ def _attend_split(
                 ),
                 softcap,
                 (even_terms + terms_means, odd_terms + terms_means),
+                (q + own * (4 * KEY_QUARTER_PADDED), own_scale, terms + own * terms_stride + terms_means),
                 (own_coefficients, frequencies, bias_series, constants),
                 bias_table,
                 (even_bias_scale, odd_bias_scale),
                 registers,
-                out_top + to,
-                out_mass + to,
-                out_acc + to * VALUE_DIM,
+                out_top + to_part,
+                out_mass + to_part,
+                out_acc + to_part * VALUE_DIM,
                 KEY_DIM,
                 KEY_QUARTER,
                 VALUE_DIM,
@@ -597,6 +669,9 @@ def _attend_split(
                 IS_CAUSAL,
                 PAIRS_PADDED,
                 FAST,
+                KEYS_AT,
+                UNIT_BYTES,
+                UNITS,
             )
         else:
             q0, q1, q2, q3 = rotated_quarters(q, at, is_row, KEY_QUARTER_PADDED)
@@ -648,31 +723,18 @@ def _attend_split(
                 ON_GPU,
                 STAGES,
             )
-            _store_parts(out_top, out_mass, out_acc, to + r, is_row, found, VALUE_DIM, VALUE_QUARTER)
-    else:
+            _store_parts(out_top, out_mass, out_acc, to_part + r, is_row, found, VALUE_DIM, VALUE_QUARTER)
+    if tail >= 0:
+        for_terms = ()
         if IN_FRAGMENTS and HAS_BIAS:
-            store_bias_of_tail(
-                (split - splits) * 64,
-                slots,
-                sinks,
-                length,
-                own_coefficients,
-                frequencies,
-                bias_table,
-                bias_series,
-                constants,
-                (even_bias_scale, odd_bias_scale),
-                (even_terms, odd_terms),
-                rows,
-                PAIRS_PADDED,
-                FAST,
-            )
-            tl.debug_barrier()  # other threads read what these have stored
+            scales = (even_bias_scale, odd_bias_scale)
+            places = (even_terms, odd_terms)
+            for_terms = (own_coefficients, bias_table, bias_series, constants, scales, places, rows)
         q0, q1, q2, q3 = rotated_quarters(q, at, is_row, KEY_QUARTER_PADDED)
         found = _attend_tail(
             key_tail + bg.to(tl.int64) * slots * KEY_DIM,
             value_tail + bg.to(tl.int64) * slots * VALUE_DIM,
-            (split - splits) * 64,
+            tail * 64,
             slots,
             sinks,
             length,
@@ -690,6 +752,7 @@ def _attend_split(
             position,
             softcap,
             terms + at * terms_stride,
+            for_terms,
             KEY_DIM,
             KEY_QUARTER,
             KEY_QUARTER_PADDED,
@@ -697,14 +760,18 @@ def _attend_split(
             VALUE_QUARTER,
             VALUE_QUARTER_PADDED,
             HAS_BIAS,
-            IN_FRAGMENTS,
+            IN_FRAGMENTS and HAS_BIAS,
             PAIRS_PADDED,
+            FAST,
             HAS_SOFTCAP,
             ROWS,
             SWAP,
             ON_GPU,
+            BY_QUARTER,
         )
-        _store_parts(out_top, out_mass, out_acc, to + r, is_row, found, VALUE_DIM, VALUE_QUARTER)
+        _store_parts(
+            out_top, out_mass, out_acc, to + (splits + tail) * rows + r, is_row, found, VALUE_DIM, VALUE_QUARTER
+        )
 
 
 def launch_for(device: torch.device, rows: int, width: int, *, in_fragments: bool) -> Launch:
@@ -825,15 +892,23 @@ def attend_packed(
     if in_fragments and terms_stride:
         terms = torch.empty(batch * groups * rows, terms_stride, dtype=torch.float32, device=device)
     tiles = -(-rows // launch.rows)
-    wanted = launch.programs * multiprocessors(device)
     # all programs run at once: one too many would wait for the others and double the time
-    splits = min(max(wanted // (batch * groups * tiles) - tails, 1), -(-most_blocks // _LEAST_BLOCKS))
+    unit, units, programs = 0, 0, launch.programs
+    if in_fragments:
+        unit = unit_bytes(layout)
+        programs, units = programs_and_units(programs, unit, shared_memory(device))
+    programs = programs * multiprocessors(device) // (batch * groups * tiles)
+    splits = min(max(programs - tails, 1), -(-most_blocks // _LEAST_BLOCKS))
+    if programs > tails and most_blocks > splits * _TAIL_BLOCKS:
+        splits = programs
+    else:
+        programs = splits + tails
     parts = splits + tails
     top = torch.empty(batch * groups, parts, rows, dtype=torch.float32, device=device)
     mass = torch.empty_like(top)
     acc = torch.empty(batch * groups, parts, rows, value_dim, dtype=torch.float32, device=device)
     centroids, registers = decoder_tables(device)
-    _attend_split[(parts, batch * groups, tiles)](
+    _attend_split[(programs, batch * groups, tiles)](
         packed.anchor,
         packed.table,
         packed.table.stride(0),
@@ -878,6 +953,9 @@ def attend_packed(
         **sides,
         STAGES=launch.stages,
         IN_FRAGMENTS=in_fragments,
+        BY_QUARTER=in_fragments and max(key_dim, value_dim) > 128,
+        UNIT_BYTES=unit,
+        UNITS=units,
         num_warps=FRAGMENT_WARPS if in_fragments else launch.warps,
         num_stages=launch.stages,
         **overlapping,

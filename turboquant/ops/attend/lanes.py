@@ -91,9 +91,7 @@ def copy_to_shared(to, sources, is_left, is_last_left, COUNT: tl.constexpr):
     ASSEMBLY: tl.constexpr = piece(_COPIES, 0, COUNT)
     CONSTRAINTS: tl.constexpr = piece(_COPIES, 1, COUNT)
     flags = (is_left.to(tl.int32), is_last_left.to(tl.int32))
-    tl.inline_asm_elementwise(
-        ASSEMBLY, CONSTRAINTS, (to,) + flags + sources, dtype=tl.int32, is_pure=False, pack=1
-    )
+    tl.inline_asm_elementwise(ASSEMBLY, CONSTRAINTS, (to,) + flags + sources, dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.constexpr_function

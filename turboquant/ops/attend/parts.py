@@ -101,7 +101,7 @@ def row_factors(factor, at, is_row, scale, bias_scaling, HAS_BIAS: tl.constexpr,
 
 
 @triton.jit
-def _plain_quarter(base, row_stride, n, is_held, QUARTER: tl.constexpr, QUARTER_PADDED: tl.constexpr, f: tl.constexpr):
+def plain_quarter(base, row_stride, n, is_held, QUARTER: tl.constexpr, QUARTER_PADDED: tl.constexpr, f: tl.constexpr):
     """Quarter f of 64 vectors of the model's dtype, [64, QUARTER_PADDED]."""
     j = tl.arange(0, QUARTER_PADDED)
     at = base + n[:, None] * row_stride + (f * QUARTER + j)[None, :]
@@ -112,11 +112,28 @@ def _plain_quarter(base, row_stride, n, is_held, QUARTER: tl.constexpr, QUARTER_
 def plain_quarters(base, row_stride, n, is_held, QUARTER: tl.constexpr, QUARTER_PADDED: tl.constexpr):
     """64 vectors of the model's dtype as four tensors [64, QUARTER_PADDED]."""
     return (
-        _plain_quarter(base, row_stride, n, is_held, QUARTER, QUARTER_PADDED, 0),
-        _plain_quarter(base, row_stride, n, is_held, QUARTER, QUARTER_PADDED, 1),
-        _plain_quarter(base, row_stride, n, is_held, QUARTER, QUARTER_PADDED, 2),
-        _plain_quarter(base, row_stride, n, is_held, QUARTER, QUARTER_PADDED, 3),
+        plain_quarter(base, row_stride, n, is_held, QUARTER, QUARTER_PADDED, 0),
+        plain_quarter(base, row_stride, n, is_held, QUARTER, QUARTER_PADDED, 1),
+        plain_quarter(base, row_stride, n, is_held, QUARTER, QUARTER_PADDED, 2),
+        plain_quarter(base, row_stride, n, is_held, QUARTER, QUARTER_PADDED, 3),
     )
+
+
+@triton.jit
+def ask_for_tail(base, first_slot, slots, DIM: tl.constexpr):
+    """Have the L2 read 64 slots of a head's tail, 128 bytes a thread."""
+    BYTES: tl.constexpr = DIM * base.dtype.element_ty.primitive_bitwidth // 8
+    own = tl.arange(0, 128) * 128
+    for start in tl.static_range(0, 64 * BYTES, 128 * 128):
+        at = first_slot * BYTES + start + own
+        tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0;}",
+            "=r,l,r",
+            [(base.to(tl.pointer_type(tl.int8)) + at).to(tl.int64), (at < slots * BYTES).to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit
@@ -207,10 +224,10 @@ def token_of(slot, slots, sinks, length):
 
 
 @triton.jit
-def table_of_block(turns, PAIRS_PADDED: tl.constexpr):
-    """cos and sin of each pair at positions 0 to 63, rounded, and what that leaves out: BiasTables.turns."""
+def table_of_block(turns, part, PAIRS_PADDED: tl.constexpr):
+    """cos and sin of each pair at positions 0 to 63, of BiasTables.turns: rounded (part 0), or what that leaves out."""
     at = tl.arange(0, 64)[:, None] * (2 * PAIRS_PADDED) + tl.arange(0, 2 * PAIRS_PADDED)[None, :]
-    return tl.load(turns + at), tl.load(turns + 128 * PAIRS_PADDED + at)
+    return tl.load(turns + part * (128 * PAIRS_PADDED) + at)
 
 
 @triton.jit
