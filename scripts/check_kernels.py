@@ -30,8 +30,7 @@ from streamer.ops.lossless.layout import BLOCK, coded_parts
 from turboquant.layout import BlockLayout, PackedTokens, SideLayout
 from turboquant.ops import devices
 from turboquant.ops.append import kernel as append_kernel
-from turboquant.ops.attend import BiasTerms, bias_terms
-from turboquant.ops.attend import fragments
+from turboquant.ops.attend import BiasTerms, bias_terms, fragments
 from turboquant.ops.attend import kernel as attend_kernel
 from turboquant.ops.encode import kernel as encode_kernel
 from turboquant.ops.unpack import kernel as unpack_kernel

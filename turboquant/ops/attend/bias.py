@@ -70,8 +70,9 @@ class BiasTerms:
 def bias_terms(bias: torch.Tensor, inverse_frequencies: torch.Tensor, scaling: float, interleaved: bool) -> BiasTerms:
     """See BiasTerms; inverse_frequencies: [pairs], radians per position. On the device of `bias`."""
     tables = bias_tables(inverse_frequencies)
-    on_device = BiasTables(*(tensor.to(bias.device) for tensor in tables.tensors), tables.fast, tables.pairs)
-    return BiasTerms(bias, on_device, interleaved, scaling)
+    frequencies, spans, series, turns = (tensor.to(bias.device) for tensor in tables.tensors)
+    own = BiasTables(frequencies, spans, series, turns, tables.fast, tables.pairs)
+    return BiasTerms(bias, own, interleaved, scaling)
 
 
 def bias_tables(inverse_frequencies: torch.Tensor) -> BiasTables:
@@ -116,11 +117,11 @@ def _cos_sin(positions: torch.Tensor, radians: torch.Tensor) -> torch.Tensor:
 
 def _in_rows(x: torch.Tensor) -> torch.Tensor:
     """Tokens [n, ..] in the order of a product's rows, see `lanes.token_of_row`."""
-    return x.unflatten(0, (-1, 2, 4)).transpose(1, 2).flatten(0, 2)
+    return x.reshape(-1, 2, 4, *x.shape[1:]).transpose(1, 2).flatten(0, 2)
 
 
 def _as_operands(x: torch.Tensor) -> torch.Tensor:
-    """[rows, pairs, 2] as operands of mma.m16n8k16, in the order that BiasTables gives: [rows / 16, products, 32, 8]."""
+    """[rows, pairs, 2] as operands of mma.m16n8k16, as BiasTables says: [rows / 16, products, 32, 8]."""
     rows, pairs, _ = x.shape
     products = pairs // PAIRS_TOGETHER
     # [operand, half of it, g, product, t, pair, cos or sin]

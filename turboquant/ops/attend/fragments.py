@@ -1,19 +1,21 @@
-"""Blocks of coded tokens for up to 8 query rows: planes go from memory to the operands of mma in registers.
+"""Blocks of coded tokens for up to 8 query rows: what a thread decodes are operands of mma, in registers.
 
 Every tensor here has one element for each thread, as in CUDA: thread 4 g + t of a warp, g below 8, t below 4, holds
 what mma.m16n8k16 wants of it (PTX ISA, "Matrix Fragments for mma.m16n8k16"). Which coordinate stands where along a
 product's inner axis is free, and so is which of a warp's 16 tokens; they are chosen such that a thread decodes only
 what it multiplies:
 
-    scores   [tokens, rows] = keys [tokens, D] @ q^T: thread (g, t) holds of tokens g and g + 8 a quarter of the bytes
-             of plane 0, the t-th, and the same of query row g
-    values   out^T [D, rows] += values^T [D, tokens] @ weights^T: thread (g, t) holds of tokens 2 t, 2 t + 1, 2 t + 8
-             and 2 t + 9 an eighth of the bytes, the g-th, and their weights in row g: the scores' matrix transposed,
-             which is one instruction
+    scores   [tokens, rows] = keys [tokens, D] @ q^T: thread (g, t) has of rows g and g + 8 (token_of_row says which
+             tokens these are) a quarter of the bytes of plane 0, the t-th, and the same of query row g
+    values   out^T [D, rows] += values^T [D, tokens] @ weights^T: thread (g, t) has of tokens t, t + 4, t + 8 and t + 12
+             an eighth of the bytes, the g-th, and their weights in row g: the scores' matrix transposed, which is one
+             instruction
 
-So nothing goes through shared memory, and no thread waits for another. Each of 4 warps takes 16 tokens of every block,
-or a quarter of all in a row where there is a key bias, and keeps a softmax of its own; they meet behind the loop.
-Triton's interpreter runs it where a test lends it the PTX.
+A warp takes 16 tokens, a unit, at once. Their planes and scales come to shared memory by asynchronous copies, one to
+three units ahead: registers that wait for memory would be copied, and waited for, at the end of each round. What a warp
+reads there it has copied itself, so no warp waits for another. Each of 4 takes 16 tokens of every block, or a quarter
+of all in a row where there is a key bias, and keeps a softmax of its own; they meet behind the loop. Triton's
+interpreter runs it where a test lends it the PTX.
 """
 
 import triton
@@ -471,8 +473,9 @@ def attend_fragments(
 ):
     """The blocks [first, last) of `entries` for `rows` query rows, at most 8; stores top, mass and weighted sums.
 
-    begun: from `begin_units`. q: [128], where thread (g, t)'s row g begins in what `prepare_rows` left in float16. row_scale, position, means,
-    bias_scale: pairs of [128], of its rows 2 t and 2 t + 1; means point to what is added to the scores of block 0.
+    begun: from `begin_units`. q: [128], where thread (g, t)'s row g begins in what `prepare_rows` left in float16.
+    row_scale, position, means, bias_scale: pairs of [128], of its rows 2 t and 2 t + 1; means point to what is added
+    to the scores of block 0.
     for_means: of row g, what `store_means` takes: its query in float32, the factor of its scores, where block 0's goes.
     bias: what `span_of_bias` takes behind the position. out_top, out_mass, out_acc: of the first row.
     """
@@ -570,8 +573,10 @@ def attend_fragments(
             own_value_table = value_table
             if IS_MIXED:
                 own_entry = tl.load(entries + block)
-                own_key_table = _table(registers, (own_entry & 3).to(tl.int32), KEY_PLANES) + (t // 2 * 3 + 1,)
-                own_value_table = _table(registers, (own_entry >> 2 & 3).to(tl.int32), VALUE_PLANES) + (g // 4 * 3 + 1,)
+                held_keys = (own_entry & 3).to(tl.int32)
+                held_values = ((own_entry >> 2) & 3).to(tl.int32)
+                own_key_table = _table(registers, held_keys, KEY_PLANES) + (t // 2 * 3 + 1,)
+                own_value_table = _table(registers, held_values, VALUE_PLANES) + (g // 4 * 3 + 1,)
             if HAS_MEANS:
                 mean0 = tl.load(means[0] + block, mask=is_row0, other=0)
                 mean1 = tl.load(means[1] + block, mask=is_row1, other=0)

@@ -1,12 +1,12 @@
 """attend over packed blocks on the GPU: queries rotated, splits of the tokens in parallel, their results merged.
 
 Three launches. `prepare_rows` rotates the queries and folds the key bias into them; `_attend_split` reads the planes in
-place, every program a share of the blocks of one KV head (some more programs the sinks and the recent window);
+place, every program a share of the blocks of one KV head (some of them, or some more, the sinks and the recent window);
 `merge_rows` joins the shares by log-sum-exp and turns the result back. What changes from step to step (lengths, blocks,
 their addresses) is read from device memory, so that a captured graph can be replayed.
 
 Blocks are read in one of two ways. Up to 8 query rows of a KV head over coded tokens, which is decoding:
-`attend_fragments`, in registers alone. All others (`_fits_fragments` says which): `_attend_blocks`, by Triton's own
+`attend_fragments`, decoded in registers. All others (`_fits_fragments` says which): `_attend_blocks`, by Triton's own
 products through shared memory. There a head is multiplied quarter by quarter, as a byte of plane 0 holds one coordinate
 of each quarter: what a thread decodes goes to shared memory in short rows, whose stores and loads meet no bank twice.
 """
@@ -391,24 +391,25 @@ def _attend_tail(
     token, in_ring = token_of(slot, slots, sinks, length)
     is_recent = (slot >= sinks) & (slot < tl.where(length > sinks, slots, 0)) & (in_ring >= 64 * blocks)
     is_held = ((slot < sinks) & (slot < length)) | is_recent
-    k = ()
+    k = (0, 0, 0, 0)
     if not BY_QUARTER:
         k = plain_quarters(key_tail, KEY_DIM, slot, is_held, KEY_QUARTER, KEY_QUARTER_PADDED)
     if READS_TERMS:
         # while these are on their way
+        own_coefficients, table, series, constants, scales, places, rows = for_terms
         store_bias_of_tail(
             first_slot,
             slots,
             sinks,
             length,
-            for_terms[0],
+            own_coefficients,
             frequencies,
-            for_terms[1],
-            for_terms[2],
-            for_terms[3],
-            for_terms[4],
-            for_terms[5],
-            for_terms[6],
+            table,
+            series,
+            constants,
+            scales,
+            places,
+            rows,
             PAIRS_PADDED,
             FAST,
         )

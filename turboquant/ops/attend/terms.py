@@ -288,7 +288,8 @@ def store_bias_of_tail(
 ):
     """What the key bias adds to the scores of 64 slots of the tail.
 
-    constant, bias_scale, out: pairs of [128], of thread (g, t)'s rows 2 t and 2 t + 1; out point to their places of slot 0.
+    constant, bias_scale, out: pairs of [128], of thread (g, t)'s rows 2 t and 2 t + 1; out point to their places of
+    slot 0.
     """
     thread = tl.arange(0, 32 * 4)
     newest = tl.maximum(length - sinks, 1) - 1
