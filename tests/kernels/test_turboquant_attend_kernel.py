@@ -401,24 +401,22 @@ def test_a_threshold_that_leaves_everything_out_is_refused() -> None:
 
 
 @triton.jit
-def _store_shares(out, splits, tails, blocks, with_tails):
-    first, last = kernel_share(tl.program_id(0), splits, tails, blocks, with_tails != 0)
+def _store_shares(out, splits, tails, blocks, fewer):
+    first, last = kernel_share(tl.program_id(0), splits, tails, blocks, fewer)
     tl.store(out + 2 * tl.program_id(0), first)
     tl.store(out + 2 * tl.program_id(0) + 1, last)
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 7, 30, 100, 1000])
-@pytest.mark.parametrize(("splits", "tails", "with_tails"), [(1, 4, False), (9, 4, False), (9, 4, True), (49, 4, True)])
-def test_every_block_is_in_one_share(splits: int, tails: int, with_tails: bool, blocks: int) -> None:
+@pytest.mark.parametrize(("splits", "tails", "fewer"), [(1, 0, 0), (9, 0, 0), (9, 4, 3), (49, 4, 6), (5, 4, 6)])
+def test_every_block_is_in_one_share(splits: int, tails: int, fewer: int, blocks: int) -> None:
     out = torch.zeros(splits, 2, dtype=torch.int32)
-    _store_shares[(splits,)](out, splits, tails, blocks, int(with_tails))
+    _store_shares[(splits,)](out, splits, tails, blocks, fewer)
     shares = [range(first, last) for first, last in out.tolist()]
     assert [block for share in shares for block in share] == list(range(blocks))
-    alone = shares[: splits - tails] if with_tails else shares
-    if with_tails and blocks > 4 * splits:
-        # programs with a tail take fewer, and all others as many, but for what is left over
-        assert all(len(share) < len(alone[0]) for share in shares[len(alone) :])
-    assert len({len(share) for share in alone if share}) <= 2
+    alone = shares[: splits - tails]
+    assert all(len(share) <= max(len(alone[0]) - fewer, 0) for share in shares[len(alone) :])
+    assert len({len(share) for share in alone if share}) <= 2  # all as many, but for what is left over
 
 
 # Shared memory of a multiprocessor (CUDA programming guide, table of compute capabilities), KiB.

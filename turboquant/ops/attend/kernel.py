@@ -101,16 +101,14 @@ _LEAST_BLOCKS = 2
 
 # As many blocks take as long as 64 slots of the tail. Where programs have more, those of the tail take blocks as well.
 _TAIL_BLOCKS = 3
-TAIL_BLOCKS = tl.constexpr(_TAIL_BLOCKS)
 
 
 @triton.jit
-def _share(split, splits, tails, blocks, with_tails):
-    """The first of `blocks` that a program takes, and the one behind its last; with_tails: the last programs have a
-    tail, too, and take fewer.
+def _share(split, splits, tails, blocks, fewer):
+    """The first of `blocks` that a program takes, and the one behind its last; each of the last `tails` programs takes
+    that many `fewer`.
     """
-    fewer = tl.where(with_tails, TAIL_BLOCKS, 0)
-    alone = tl.maximum(splits - tl.where(with_tails, tails, 0), 1)  # that have no tail
+    alone = tl.maximum(splits - tails, 1)
     share = (blocks + alone - 1) // alone
     if share > fewer:
         share = tl.maximum((blocks + (splits - alone) * fewer + splits - 1) // splits, fewer)
@@ -347,6 +345,7 @@ def _attend_tail(
     key_tail,
     value_tail,
     first_slot,
+    end_slot,
     slots,
     sinks,
     length,
@@ -364,7 +363,6 @@ def _attend_tail(
     position,
     softcap,
     terms,
-    for_terms,
     KEY_DIM: tl.constexpr,
     KEY_QUARTER: tl.constexpr,
     KEY_QUARTER_PADDED: tl.constexpr,
@@ -374,46 +372,22 @@ def _attend_tail(
     HAS_BIAS: tl.constexpr,
     READS_TERMS: tl.constexpr,
     PAIRS_PADDED: tl.constexpr,
-    FAST: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr,
     SWAP: tl.constexpr,
     ON_GPU: tl.constexpr,
     BY_QUARTER: tl.constexpr,
 ):
-    """64 slots of one head's tail: sinks, then the ring of recent tokens. key_tail, value_tail: of that head.
+    """64 slots of one head's tail, before `end_slot`: sinks, or of the ring of recent tokens behind them. key_tail,
+    value_tail: of that head.
 
-    terms: [ROWS] pointers to where `store_bias_of_tail`, which takes for_terms, leaves what it finds for slot 0, where
-    READS_TERMS. BY_QUARTER: one after
+    terms: [ROWS] pointers to what `store_bias_of_tail` has found for slot 0, where READS_TERMS. BY_QUARTER: one after
     the other, in a quarter of the shared memory.
     """
     slot = first_slot + tl.arange(0, 64)
     token, in_ring = token_of(slot, slots, sinks, length)
     is_recent = (slot >= sinks) & (slot < tl.where(length > sinks, slots, 0)) & (in_ring >= 64 * blocks)
-    is_held = ((slot < sinks) & (slot < length)) | is_recent
-    k = (0, 0, 0, 0)
-    if not BY_QUARTER:
-        k = plain_quarters(key_tail, KEY_DIM, slot, is_held, KEY_QUARTER, KEY_QUARTER_PADDED)
-    if READS_TERMS:
-        # while these are on their way
-        own_coefficients, table, series, constants, scales, places, rows = for_terms
-        store_bias_of_tail(
-            first_slot,
-            slots,
-            sinks,
-            length,
-            own_coefficients,
-            frequencies,
-            table,
-            series,
-            constants,
-            scales,
-            places,
-            rows,
-            PAIRS_PADDED,
-            FAST,
-        )
-        tl.debug_barrier()  # other threads read what these have stored
+    is_held = (((slot < sinks) & (slot < length)) | is_recent) & (slot < end_slot)
     s = no_scores(ROWS, SWAP)
     if BY_QUARTER:
         queries = (q0, q1, q2, q3)
@@ -422,10 +396,11 @@ def _attend_tail(
             s = add_scores_dense(s, queries[f], keys, SWAP, ON_GPU)
             tl.debug_barrier()
     else:
-        s = add_scores_dense(s, q0, k[0], SWAP, ON_GPU)
-        s = add_scores_dense(s, q1, k[1], SWAP, ON_GPU)
-        s = add_scores_dense(s, q2, k[2], SWAP, ON_GPU)
-        s = add_scores_dense(s, q3, k[3], SWAP, ON_GPU)
+        k0, k1, k2, k3 = plain_quarters(key_tail, KEY_DIM, slot, is_held, KEY_QUARTER, KEY_QUARTER_PADDED)
+        s = add_scores_dense(s, q0, k0, SWAP, ON_GPU)
+        s = add_scores_dense(s, q1, k1, SWAP, ON_GPU)
+        s = add_scores_dense(s, q2, k2, SWAP, ON_GPU)
+        s = add_scores_dense(s, q3, k3, SWAP, ON_GPU)
     s = by_row(s, SWAP) * row_scale[:, None]
     if HAS_BIAS:
         if READS_TERMS:
@@ -487,6 +462,7 @@ def _store_parts(out_top, out_mass, out_acc, to, is_row, found, VALUE_DIM: tl.co
         "window",
         "slots",
         "splits",
+        "tail_blocks",
         "terms_stride",
         "terms_means",
     ]
@@ -518,6 +494,7 @@ def _attend_split(
     window,
     slots,
     splits,
+    tail_blocks,
     scale,
     bias_scaling,
     softcap,
@@ -570,12 +547,17 @@ def _attend_split(
     # past the L1: what an earlier launch has changed is read before the wait
     length = tl.load(lengths + b, cache_modifier=".cg")
     blocks = tl.maximum(tl.load(coded + b, cache_modifier=".cg"), (length - sinks - window) // 64)
-    tails = (slots + 63) // 64
+    ring_tails = (slots - sinks + 63) // 64
+    tails = ring_tails + (sinks + 63) // 64
     tail = split - (tl.num_programs(0) - tails)
+    # slots of the ring, then sinks: positions in a row, but for where the ring's turn ends
+    first_slot = tl.where(tail < ring_tails, sinks + tail * 64, (tail - ring_tails) * 64)
+    end_slot = tl.where(tail < ring_tails, slots, sinks)
     to = bg.to(tl.int64) * (splits + tails) * rows
     # a query that was padding sees the first token
     position = tl.maximum(length - tokens + r % tokens, 0)
-    first, last = _share(split, splits, tails, blocks, tl.num_programs(0) == splits)
+    has_both = tl.num_programs(0) == splits
+    first, last = _share(split, splits, tl.where(has_both, tails, 0), blocks, tl.where(has_both, tail_blocks, 0))
     entries = table + b.to(tl.int64) * table_stride
     KEYS_AT: tl.constexpr = 128 + (2 * KEY_DIM if HAS_MEANS else 0)
     if IN_FRAGMENTS:
@@ -599,8 +581,8 @@ def _attend_split(
             UNITS,
         )
         if tail >= 0:
-            ask_for_tail(key_tail + bg.to(tl.int64) * slots * KEY_DIM, tail * 64, slots, KEY_DIM)
-            ask_for_tail(value_tail + bg.to(tl.int64) * slots * VALUE_DIM, tail * 64, slots, VALUE_DIM)
+            ask_for_tail(key_tail + bg.to(tl.int64) * slots * KEY_DIM, first_slot, end_slot, KEY_DIM)
+            ask_for_tail(value_tail + bg.to(tl.int64) * slots * VALUE_DIM, first_slot, end_slot, VALUE_DIM)
     join_launches(OVERLAPS)
     if IN_FRAGMENTS:
         # of thread (g, t) row g, then rows 2 t and 2 t + 1, see `attend_fragments`
@@ -726,16 +708,31 @@ def _attend_split(
             )
             _store_parts(out_top, out_mass, out_acc, to_part + r, is_row, found, VALUE_DIM, VALUE_QUARTER)
     if tail >= 0:
-        for_terms = ()
         if IN_FRAGMENTS and HAS_BIAS:
-            scales = (even_bias_scale, odd_bias_scale)
-            places = (even_terms, odd_terms)
-            for_terms = (own_coefficients, bias_table, bias_series, constants, scales, places, rows)
+            store_bias_of_tail(
+                first_slot,
+                end_slot,
+                slots,
+                sinks,
+                length,
+                own_coefficients,
+                frequencies,
+                bias_table,
+                bias_series,
+                constants,
+                (even_bias_scale, odd_bias_scale),
+                (even_terms, odd_terms),
+                rows,
+                PAIRS_PADDED,
+                FAST,
+            )
+            tl.debug_barrier()  # other threads read what these have stored
         q0, q1, q2, q3 = rotated_quarters(q, at, is_row, KEY_QUARTER_PADDED)
         found = _attend_tail(
             key_tail + bg.to(tl.int64) * slots * KEY_DIM,
             value_tail + bg.to(tl.int64) * slots * VALUE_DIM,
-            tail * 64,
+            first_slot,
+            end_slot,
             slots,
             sinks,
             length,
@@ -753,7 +750,6 @@ def _attend_split(
             position,
             softcap,
             terms + at * terms_stride,
-            for_terms,
             KEY_DIM,
             KEY_QUARTER,
             KEY_QUARTER_PADDED,
@@ -763,7 +759,6 @@ def _attend_split(
             HAS_BIAS,
             IN_FRAGMENTS and HAS_BIAS,
             PAIRS_PADDED,
-            FAST,
             HAS_SOFTCAP,
             ROWS,
             SWAP,
@@ -863,7 +858,7 @@ def attend_packed(
         CHUNK=_CHUNK,
         **overlapping,
     )
-    tails = -(-slots // BLOCK_TOKENS)
+    tails = -(-(slots - packed.sinks) // BLOCK_TOKENS) - (-packed.sinks // BLOCK_TOKENS)
     sides: dict[str, Any] = {
         "KEY_DIM": key_dim,
         "KEY_QUARTER": key_dim // 4,
@@ -887,7 +882,7 @@ def attend_packed(
         bias_table = tables.spans if in_fragments else tables.turns
     bias_scaling = bias.scaling if bias is not None else 1.0
     # of a query row: what is added to the scores of the tail's slots, and of whole blocks
-    terms_means = 64 * tails if bias is not None else 0
+    terms_means = slots if bias is not None else 0
     terms_stride = terms_means + (most_blocks if layout.key.mean_bytes else 0)
     terms = factor
     if in_fragments and terms_stride:
@@ -936,6 +931,7 @@ def attend_packed(
         packed.window,
         slots,
         splits,
+        _TAIL_BLOCKS,
         scale,
         bias_scaling,
         softcap or 1.0,

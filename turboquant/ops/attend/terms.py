@@ -272,6 +272,7 @@ def bias_in_span(i, span, table, FAST: tl.constexpr):
 @triton.jit
 def store_bias_of_tail(
     first_slot,
+    end_slot,
     slots,
     sinks,
     length,
@@ -286,28 +287,43 @@ def store_bias_of_tail(
     PAIRS_PADDED: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """What the key bias adds to the scores of 64 slots of the tail.
+    """What the key bias adds to the scores of 64 slots of the tail, either all sinks or all of the ring.
 
     constant, bias_scale, out: pairs of [128], of thread (g, t)'s rows 2 t and 2 t + 1; out point to their places of
     slot 0.
     """
     thread = tl.arange(0, 32 * 4)
+    warp = thread // 32
+    in_ring = first_slot >= sinks
+    ring = slots - sinks
     newest = tl.maximum(length - sinks, 1) - 1
-    turns = newest // (slots - sinks) * (slots - sinks)
-    # three runs of positions: the sinks, the ring up to its newest token, and what is left of its turn before
-    behind = sinks + newest - turns + 1
-    for run in tl.range(0, 3, num_stages=1):
-        begin = tl.maximum(tl.where(run == 0, 0, tl.where(run == 1, sinks, behind)), first_slot)
-        end = tl.minimum(tl.where(run == 0, sinks, tl.where(run == 1, behind, slots)), first_slot + 64)
-        if begin < end:
-            position = first_slot + tl.where(run == 0, 0, turns - tl.where(run == 1, 0, slots - sinks)) + 0 * thread
-            span = span_of_bias(position, coefficients, frequencies, series, constant, PAIRS_PADDED, FAST)
-            s0, s1, s2, s3 = bias_in_span(thread // 32, span, table, FAST)
-            slot = first_slot + thread // 32 * 16 + token_of_row(thread)
-            row = thread % 4 * 2
-            is_there = (slot >= begin) & (slot < end)
-            tl.store(out[0] + slot, s0 * bias_scale[0], mask=is_there & (row < rows))
-            tl.store(out[1] + slot, s1 * bias_scale[1], mask=is_there & (row + 1 < rows))
-            is_there = (slot + 8 >= begin) & (slot + 8 < end)
-            tl.store(out[0] + slot + 8, s2 * bias_scale[0], mask=is_there & (row < rows))
-            tl.store(out[1] + slot + 8, s3 * bias_scale[1], mask=is_there & (row + 1 < rows))
+    turns = newest // ring * ring
+    # slots of the ring from here on hold what is left of its turn before
+    behind = newest - turns + 1
+    # its tokens fit one span that begins such that 16 slots are 16 of its rows
+    at_once = in_ring & (ring % 16 == 0) & (ring <= 2 * HALF_SPAN - 16)
+    turned_by = behind // 16
+    tile = (first_slot - sinks) // 16 + warp
+    runs = tl.where(at_once | (first_slot < sinks), 1, 2)
+    for run in tl.range(0, runs, num_stages=1):
+        if at_once:
+            start = sinks + turns - ring + 16 * turned_by
+            newer = tile + ring // 16 - turned_by
+            older = tile - turned_by
+        else:
+            start = first_slot + tl.where(in_ring, turns - run * ring, 0)
+            newer = warp
+            older = warp
+        span = span_of_bias(start + 0 * thread, coefficients, frequencies, series, constant, PAIRS_PADDED, FAST)
+        n0, n1, n2, n3 = bias_in_span(tl.minimum(newer, 15), span, table, FAST)
+        o0, o1, o2, o3 = bias_in_span(tl.maximum(older, 0), span, table, FAST)
+        slot = first_slot + warp * 16 + token_of_row(thread)
+        row = thread % 4 * 2
+        is_newer = slot - sinks < behind
+        is_there = (slot < end_slot) & ((is_newer.to(tl.int32) + run == 1) | (runs + 0 * slot == 1))
+        tl.store(out[0] + slot, tl.where(is_newer, n0, o0) * bias_scale[0], mask=is_there & (row < rows))
+        tl.store(out[1] + slot, tl.where(is_newer, n1, o1) * bias_scale[1], mask=is_there & (row + 1 < rows))
+        is_newer = slot + 8 - sinks < behind
+        is_there = (slot + 8 < end_slot) & ((is_newer.to(tl.int32) + run == 1) | (runs + 0 * slot == 1))
+        tl.store(out[0] + slot + 8, tl.where(is_newer, n2, o2) * bias_scale[0], mask=is_there & (row < rows))
+        tl.store(out[1] + slot + 8, tl.where(is_newer, n3, o3) * bias_scale[1], mask=is_there & (row + 1 < rows))
