@@ -99,8 +99,9 @@ _CHUNK = 32
 # A share of fewer blocks costs more in merging than it gains in parallel.
 _LEAST_BLOCKS = 2
 
-# As many blocks take as long as 64 slots of the tail. Where programs have more, those of the tail take blocks as well.
-_TAIL_BLOCKS = 3
+# As many blocks take about as long as 64 slots of the tail [H100: 3 to 8]. Where programs have more, those of the tail
+# take blocks as well.
+_TAIL_BLOCKS = 5
 
 
 @triton.jit
