@@ -137,8 +137,9 @@ class _Warp:
             elif line.startswith(".reg"):
                 self.declare(line)
             elif line.startswith(".shared"):
-                name, size = re.fullmatch(r"\.shared \.align 16 \.b8 (\w+)\[(\d+)\]", line).groups()
+                name, size = re.fullmatch(r"\.shared \.align 1024 \.b8 (\w+)\[(\d+)\]", line).groups()
                 SHARED[:] = 0xFF  # NaN
+                assert int(size) % 1024 == 0
                 assert int(size) + SHARED_AT <= len(SHARED)
                 self.frames[-1][name] = np.full(LANES, SHARED_AT, np.uint32)
             elif line.startswith("@") and "prefetch" in line:

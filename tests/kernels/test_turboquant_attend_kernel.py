@@ -19,7 +19,7 @@ from turboquant.key_bias import KeyBias
 from turboquant.layout import BlockLayout, SideLayout
 from turboquant.ops.attend import attend_packed, bias_terms, kernel
 from turboquant.ops.attend.bias import bias_tables
-from turboquant.ops.attend.fragments import TRITON_BYTES, WARPS, programs_and_units, unit_bytes
+from turboquant.ops.attend.fragments import held_bytes, programs_and_units, triton_bytes, unit_bytes
 from turboquant.ops.attend.kernel import _share as kernel_share
 from turboquant.ops.attend.lanes import token_of_row
 from turboquant.ops.attend.terms import bias_in_span, span_of_bias
@@ -162,6 +162,9 @@ FRAGMENTS: list[dict[str, Any]] = [
     {"window": 0, "sinks": 0, "queries": 8, "heads_per_group": 1, "lengths": (128,)},  # queries within a block
     {"has_bias": True, "rotary_dim": 64, "softcap": 20.0},  # a constant on all tokens shows through a cap alone
     {"is_aged": True, "lengths": (700,)},
+    {"key_bits": 4, "value_bits": 4},
+    {"key_dim": 256, "value_dim": 256, "dtype": torch.bfloat16, "key_bits": 4, "value_bits": 4},
+    {"key_dim": 256, "value_dim": 256, "key_bits": 4, "value_bits": 4},  # units that do not fit
     {"is_aged": True, "has_bias": True, "key_bits": 4, "value_bits": 3, "lengths": (600,), "heads_per_group": 5},
     {"is_aged": True, "key_bits": 2, "value_bits": 4, "key_dim": 64, "value_dim": 128, "groups": 2, "queries": 3},
 ]
@@ -171,6 +174,7 @@ FRAGMENTS: list[dict[str, Any]] = [
 def emulated_assembly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Within this, the interpreter runs the kernels that are written in assembly."""
     monkeypatch.setattr(kernel, "RUNS_ASSEMBLY", True)
+    monkeypatch.setattr(kernel, "_WIDEST_IN_FRAGMENTS", 256)
     yield from emulated(monkeypatch)
 
 
@@ -197,6 +201,7 @@ def test_fragments_emulated(case: dict[str, Any], processors: int, monkeypatch: 
 @pytest.mark.parametrize("processors", [None, 16])
 @pytest.mark.parametrize("case", FRAGMENTS, ids=name_of)
 def test_fragments_on_a_gpu(case: dict[str, Any], processors: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "_WIDEST_IN_FRAGMENTS", 256)
     if processors is not None:
         monkeypatch.setattr(kernel, "multiprocessors", lambda device: processors)
     check(Case(**({"groups": 2, "dtype": torch.float32} | case | {"lengths": (9000, 0, 3001)})), "cuda")
@@ -421,16 +426,28 @@ def test_every_block_is_in_one_share(splits: int, tails: int, fewer: int, blocks
 
 # Shared memory of a multiprocessor (CUDA programming guide, table of compute capabilities), KiB.
 @pytest.mark.parametrize(
-    ("bits", "dim", "shared", "expected"),
-    [(3, 128, 228, (3, 4)), (4, 128, 228, (3, 3)), (3, 128, 100, (3, 2)), (4, 128, 100, (2, 3)), (4, 256, 100, (1, 2))],
+    ("bits", "dim", "itemsize", "shared", "expected"),
+    [
+        (3, 128, 2, 228, (3, 4)),
+        (4, 128, 2, 228, (3, 3)),
+        (3, 128, 2, 100, (3, 2)),
+        (4, 128, 2, 100, (2, 3)),
+        (4, 256, 2, 228, (2, 2)),
+        (4, 256, 2, 100, (2, 2)),
+        (4, 256, 4, 228, (2, 0)),
+    ],
 )
-def test_programs_fit_the_shared_memory(bits: int, dim: int, shared: int, expected: tuple[int, int]) -> None:
+def test_programs_fit_the_shared_memory(
+    bits: int, dim: int, itemsize: int, shared: int, expected: tuple[int, int]
+) -> None:
     side = SideLayout(bits, dim, torch.bfloat16, False)
     unit = unit_bytes(BlockLayout(8, side, side))
-    wanted = 3 if dim == 128 else 2
-    programs, units = programs_and_units(wanted, unit, shared << 10)
+    own = triton_bytes(dim, itemsize)
+    programs, units = programs_and_units(3 if dim == 128 else 2, unit, own, shared << 10)
     assert (programs, units) == expected
-    assert programs * (WARPS * units * unit + TRITON_BYTES + 1024) <= shared << 10
+    assert held_bytes(units, unit) % 1024 == 0
+    assert programs * (held_bytes(units, unit) + own + 1024) <= shared << 10
+    assert held_bytes(units, unit) + own <= 48 << 10
 
 
 @pytest.mark.parametrize(("base", "pairs", "fast"), [(1e6, 64, 16), (1e4, 64, 24), (1e6, 32, 8), (10.0, 64, 64)])

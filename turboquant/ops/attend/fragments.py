@@ -48,9 +48,8 @@ SPAN = tl.constexpr(SPAN_TOKENS)
 WARPS = 4
 QUARTERS = (16, 32, 64)  # bytes of plane 0, of heads that are served
 
-# Shared memory that a launch has without asking for more, and what Triton takes of it.
+# Shared memory that a launch has without asking for more. Triton asks for its own part alone.
 SHARED_BYTES = 48 << 10
-TRITON_BYTES = 18 << 10
 
 # What every program takes besides.
 _SYSTEM_BYTES = 1 << 10
@@ -63,14 +62,29 @@ def unit_bytes(layout: BlockLayout) -> int:
     return sum(8 * (side.num_planes + 1) * (side.dim // 4) + 32 for side in (layout.key, layout.value))
 
 
-def programs_and_units(programs: int, unit: int, shared: int) -> tuple[int, int]:
-    """How many programs a multiprocessor with that much shared memory runs at once, of those wanted, and how often 16
-    tokens each of their warps has there or on their way: 2 to 4 times.
+def triton_bytes(width: int, itemsize: int) -> int:
+    """Shared memory that Triton takes at most, for the tail, beside the units (scripts/check_kernels.py compares)."""
+    if width <= 128:
+        return 19 << 10
+    return 13 << 10 if itemsize == 2 else 17 << 10
+
+
+def held_bytes(units: int, unit: int) -> int:
+    """Shared memory for that many units of each warp, a multiple of 1 KiB: Triton's own begins behind it, and tensor
+    cores that read shared memory count on this alignment (PTX ISA, "Matrix Descriptor Format", base offset).
     """
-    least = 2 * WARPS * unit + TRITON_BYTES + _SYSTEM_BYTES
-    programs = max(1, min(programs, shared // least))
-    room = min(SHARED_BYTES, shared // programs - _SYSTEM_BYTES) - TRITON_BYTES
-    return programs, max(2, min(4, room // (WARPS * unit)))
+    return -(-WARPS * units * unit // 1024) * 1024
+
+
+def programs_and_units(programs: int, unit: int, own: int, shared: int) -> tuple[int, int]:
+    """How many programs a multiprocessor with that much shared memory runs at once, of those wanted, and how many units
+    each of their warps has there or on their way: 2 to 4, or 0 if two do not fit.
+
+    own: what Triton takes.
+    """
+    programs = max(1, min(programs, shared // (held_bytes(2, unit) + own + _SYSTEM_BYTES)))
+    room = min(SHARED_BYTES, shared // programs - _SYSTEM_BYTES) - own
+    return programs, max((units for units in (2, 3, 4) if held_bytes(units, unit) <= room), default=0)
 
 
 def _decoder_registers(first: int, a: str, y1: str, y2: str) -> DecoderRegisters:
@@ -404,7 +418,9 @@ def begin_units(
     thread = tl.arange(0, 32 * 4)
     warp = thread // 32
     count = tl.maximum(last - first, 0)
-    held = shared_bytes(thread, 4 * UNITS * UNIT_BYTES) + warp * (UNITS * UNIT_BYTES)
+    # see `held_bytes`
+    HELD: tl.constexpr = (4 * UNITS * UNIT_BYTES + 1023) // 1024 * 1024
+    held = shared_bytes(thread, HELD) + warp * (UNITS * UNIT_BYTES)
     for j in tl.static_range(0, UNITS - 1):
         block, token = _share_of_warp(j, first, count, warp, IN_RUNS)
         entry = tl.load(entries + block, mask=0 * block + j < count, other=0)

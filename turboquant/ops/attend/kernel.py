@@ -20,7 +20,16 @@ import triton.language as tl
 
 from turboquant.layout import BLOCK_TOKENS, PackedTokens
 from turboquant.ops.attend.bias import BiasTerms
-from turboquant.ops.attend.fragments import QUARTERS, attend_fragments, begin_units, programs_and_units, unit_bytes
+from turboquant.ops.attend.fragments import (
+    QUARTERS,
+    SHARED_BYTES,
+    attend_fragments,
+    begin_units,
+    held_bytes,
+    programs_and_units,
+    triton_bytes,
+    unit_bytes,
+)
 from turboquant.ops.attend.fragments import ROWS as FRAGMENT_ROWS
 from turboquant.ops.attend.fragments import WARPS as FRAGMENT_WARPS
 from turboquant.ops.attend.parts import (
@@ -89,6 +98,10 @@ _LAUNCHES: dict[int, list[tuple[int, int, Launch]]] = {
 
 # Triton's interpreter does not run assembly; a test that makes it do so sets this.
 RUNS_ASSEMBLY = not is_interpreted()
+
+# Widest head whose blocks are read in fragments: with wider ones no GPU has run that since blocks come through shared
+# memory (tests set 256).
+_WIDEST_IN_FRAGMENTS = 128
 
 # From this compute capability on a launch can begin while the one before it ends.
 _OVERLAPS_FROM = 90
@@ -785,10 +798,16 @@ def _fits_fragments(packed: PackedTokens, rows: int, pairs: int, *, skips: bool)
     return (
         RUNS_ASSEMBLY
         and rows <= FRAGMENT_ROWS
+        and max(side.dim for side in sides) <= _WIDEST_IN_FRAGMENTS
         and pairs in PAIRS
         and not skips
         and all(side.num_planes > 0 and side.dim // 4 in QUARTERS and side.dim % 4 == 0 for side in sides)
+        and held_bytes(2, unit_bytes(packed.layout)) + _triton_bytes(packed) <= SHARED_BYTES
     )
+
+
+def _triton_bytes(packed: PackedTokens) -> int:
+    return triton_bytes(max(packed.layout.key.dim, packed.layout.value.dim), packed.key_tail.dtype.itemsize)
 
 
 def _padded_quarter(dim: int) -> int:
@@ -890,10 +909,9 @@ def attend_packed(
         terms = torch.empty(batch * groups * rows, terms_stride, dtype=torch.float32, device=device)
     tiles = -(-rows // launch.rows)
     # all programs run at once: one too many would wait for the others and double the time
-    unit, units, programs = 0, 0, launch.programs
+    unit, units, programs = unit_bytes(layout), 0, launch.programs
     if in_fragments:
-        unit = unit_bytes(layout)
-        programs, units = programs_and_units(programs, unit, shared_memory(device))
+        programs, units = programs_and_units(programs, unit, _triton_bytes(packed), shared_memory(device))
     programs = programs * multiprocessors(device) // (batch * groups * tiles)
     splits = min(max(programs - tails, 1), -(-most_blocks // _LEAST_BLOCKS))
     if programs > tails and most_blocks > splits * _TAIL_BLOCKS:

@@ -42,7 +42,7 @@ def token_of_row(thread):
 
 @triton.constexpr_function
 def _declaration(count):
-    return f"{{ .shared .align 16 .b8 held[{count}]; mov.u32 $0, held; }}"
+    return f"{{ .shared .align 1024 .b8 held[{count}]; mov.u32 $0, held; }}"
 
 
 @triton.jit
