@@ -16,7 +16,7 @@ import multiprocessing
 import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -47,11 +47,6 @@ def candidates(rows: int) -> Iterator[Launch]:
         # swapped tiles of 8 warps gave wrong answers with a key bias (Triton 3.6, H100)
         if not (swap and warps == 8):
             yield from (Launch(16, swap, warps, stages, programs) for programs in (2, 3, 4, 5, 6))
-
-
-def kind(launch: Launch) -> Launch:
-    """What is compiled of a launch: the number of programs is not."""
-    return replace(launch, programs=0)
 
 
 def compiled(job: tuple[Shape, Launch]) -> bool:
@@ -110,17 +105,16 @@ def main() -> None:
     report = []
     for (rows, width), shape in itertools.islice(CLASSES.items(), options.classes):
         launches = list(candidates(rows))
-        kinds = {kind(launch): launch for launch in launches}
         jobs = [
             (Shape(**(vars(shape) | {"tokens": 1024, "bits": bits})), launch)
-            for launch in kinds.values()
+            for launch in launches
             for bits in options.bits
         ]
         with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
-            fits = dict.fromkeys(kinds, True)
+            fits = dict.fromkeys(launches, True)
             for (_, launch), is_good in zip(jobs, pool.map(compiled, jobs), strict=True):
-                fits[kind(launch)] &= is_good
-        launches = [one for one in launches if fits[kind(one)]]
+                fits[launch] &= is_good
+        launches = [one for one in launches if fits[one]]
         print(f"up to {rows} rows, heads up to {width}: {len(launches)} launches", flush=True)
         caches = Caches(Shape(**(vars(shape) | {"tokens": 32768, "bits": options.bits[0]})))
         wanted = caches.calls()[0]().float()

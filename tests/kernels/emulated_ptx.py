@@ -19,6 +19,7 @@ LANES = 32
 # Shared memory of the program that runs; nothing lies at its first bytes.
 SHARED = np.zeros(48 << 10, np.uint8)
 SHARED_AT = 1024
+SHARED_BYTES = [0]  # of what it has declared
 
 
 @cache
@@ -95,11 +96,40 @@ def _multiplied(a: Sequence[Array], b: Sequence[Array], c: Sequence[Array]) -> l
     return [_bits(total[g + 8 * (i // 2), 2 * t + i % 2]) for i in range(4)]
 
 
+class _Copies:
+    """Asynchronous copies: done when they begin, or, where IS_LATE, not before something waits for them."""
+
+    IS_LATE = False
+
+    def __init__(self) -> None:
+        self.groups: dict[int, list[list[tuple[int, bytes]]]] = {}
+
+    def begin(self, warp: int, at: int, content: bytes) -> None:
+        if self.IS_LATE:
+            self.groups.setdefault(warp, [[]])[-1].append((at, content))
+        else:
+            SHARED[at : at + len(content)] = np.frombuffer(content, np.uint8)
+
+    def close(self, warp: int) -> None:
+        self.groups.setdefault(warp, [[]]).append([])
+
+    def wait(self, warp: int, pending: int) -> None:
+        *closed, still_open = self.groups.setdefault(warp, [[]])
+        done = closed[: max(len(closed) - pending, 0)]
+        for at, content in (copy for group in done for copy in group):
+            SHARED[at : at + len(content)] = np.frombuffer(content, np.uint8)
+        self.groups[warp] = [*closed[len(done) :], still_open]
+
+
+COPIES = _Copies()
+
+
 class _Warp:
     """Registers of 32 threads, by name and scope."""
 
-    def __init__(self, operands: dict[str, Array]):
+    def __init__(self, operands: dict[str, Array], number: int = 0):
         self.frames: list[dict[str, Array]] = [dict(operands)]
+        self.number = number
 
     def read(self, name: str) -> Array:
         for frame in reversed(self.frames):
@@ -138,7 +168,10 @@ class _Warp:
                 self.declare(line)
             elif line.startswith(".shared"):
                 name, size = re.fullmatch(r"\.shared \.align 1024 \.b8 (\w+)\[(\d+)\]", line).groups()
-                SHARED[:] = 0xFF  # NaN
+                if self.number == 0:
+                    SHARED[:] = 0xFF  # NaN
+                    COPIES.groups.clear()
+                    SHARED_BYTES[0] = int(size)
                 assert int(size) % 1024 == 0
                 assert int(size) + SHARED_AT <= len(SHARED)
                 self.frames[-1][name] = np.full(LANES, SHARED_AT, np.uint32)
@@ -164,17 +197,22 @@ class _Warp:
         return self.read(place).astype(np.uint64) + np.uint64(int(offset or 0))
 
     def copy(self, operands: Sequence[str], is_there: Array) -> None:
-        """cp.async, done at once."""
+        """cp.async."""
         to, source, size = operands
         for at, origin in zip(self.address(to)[is_there], self.address(source)[is_there], strict=True):
             assert at % 16 == origin % 16 == 0
-            SHARED[int(at) : int(at) + int(size)] = (ctypes.c_uint8 * int(size)).from_address(int(origin))
+            assert SHARED_AT <= at <= SHARED_AT + SHARED_BYTES[0] - int(size)
+            COPIES.begin(self.number, int(at), bytes((ctypes.c_uint8 * int(size)).from_address(int(origin))))
 
     def step(self, name: str, operands: Sequence[str]) -> None:
         """One instruction."""
         kind = name.split(".")
-        if kind[:2] == ["cp", "async"] or kind[0] == "bar":
-            return  # copies are done at once, and all threads go on together
+        if kind[:3] == ["cp", "async", "commit_group"]:
+            return COPIES.close(self.number)
+        if kind[:3] == ["cp", "async", "wait_group"]:
+            return COPIES.wait(self.number, int(operands[0]))
+        if kind[0] == "bar":
+            return None  # all threads of a warp go on together
         to, *arguments = operands
         if kind[0] == "mov" and to.startswith("{"):
             low, high = to.strip("{}").split(", ")
@@ -191,6 +229,8 @@ class _Warp:
             targets = to.strip("{}").split(", ")
             width = 2 if kind[2] == "u16" else 4
             assert not (addresses % (width * len(targets))).any()
+            assert (addresses >= SHARED_AT).all()
+            assert (addresses + width * len(targets) <= SHARED_AT + SHARED_BYTES[0]).all()
             for i, target in enumerate(targets):
                 read = SHARED[addresses[:, None] + (width * i + np.arange(width))]
                 self.write(target, read.view(np.uint16 if width == 2 else np.uint32)[:, 0].astype(np.uint32))
@@ -249,10 +289,10 @@ class _Warp:
         }[kind[0]]()
 
 
-def executed(assembly: str, operands: dict[str, Array], outputs: int) -> list[Array]:
+def executed(assembly: str, operands: dict[str, Array], outputs: int, warp: int = 0) -> list[Array]:
     """Its outputs, $0 and on, for one warp; operands: by name, an array over the 32 threads each."""
     with np.errstate(over="ignore", invalid="ignore"):
-        return _Warp(operands).run(assembly, outputs)
+        return _Warp(operands, warp).run(assembly, outputs)
 
 
 class Results:
@@ -282,7 +322,7 @@ def create_inline_asm(
     found: list[list[Array]] = []
     for warp in range(max(count // LANES, 1)):
         own = [np.resize(one[warp * LANES : (warp + 1) * LANES], LANES) for one in flat]
-        found.append(executed(assembly, {f"${outputs + i}": one for i, one in enumerate(own)}, outputs))
+        found.append(executed(assembly, {f"${outputs + i}": one for i, one in enumerate(own)}, outputs, warp))
     results = []
     for i, kind in enumerate(types):
         scalar = getattr(kind, "scalar", kind)

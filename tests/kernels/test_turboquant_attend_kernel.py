@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from covering import pairwise
-from emulated_ptx import emulated
+from emulated_ptx import COPIES, emulated
 from packed_tokens import Case, make_layer
 
 from turboquant.errors import OptionError
@@ -197,6 +197,37 @@ def test_fragments_emulated(case: dict[str, Any], processors: int, monkeypatch: 
     check(Case(**({"groups": 1, "lengths": (400,), "dtype": torch.float32} | case)), "cpu")
 
 
+@pytest.mark.usefixtures("emulated_assembly")
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"has_bias": True, "lengths": (600,), "key_dim": 64, "heads_per_group": 2},
+        {"key_bits": 4, "value_bits": 4, "lengths": (700,)},  # three units
+        {"is_aged": True, "lengths": (2250, 0, 300), "key_dim": 64, "heads_per_group": 2},
+    ],
+    ids=name_of,
+)
+def test_copies_are_waited_for(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(COPIES, "IS_LATE", True)
+    monkeypatch.setattr(kernel, "multiprocessors", lambda device: 3)
+    check(Case(**({"groups": 1, "dtype": torch.float32} | case)), "cpu")
+
+
+def test_programs_of_the_tail_take_blocks_without_fragments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "multiprocessors", lambda device: 4)
+    grids = []
+    split = kernel._attend_split
+
+    class Launched:
+        def __getitem__(self, grid: Any) -> Any:
+            grids.append(grid)
+            return split[grid]
+
+    monkeypatch.setattr(kernel, "_attend_split", Launched())
+    check(Case(groups=1, lengths=(2250,), key_dim=64, heads_per_group=5, value_bits=16, dtype=torch.float32), "cpu")
+    assert grids[0][0] in {8, 12}  # as many programs as fit, and none for the tail alone
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("processors", [None, 16])
 @pytest.mark.parametrize("case", FRAGMENTS, ids=name_of)
@@ -213,7 +244,9 @@ def test_fragments_on_a_gpu(case: dict[str, Any], processors: int | None, monkey
 def test_launches_that_overlap_change_nothing(
     has_bias: bool, is_captured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Calls in a row, each with other queries and one token more, by launches that overlap and by some that do not."""
+    """Calls in a row, each with other queries, records, tails and one token more, which at the twentieth fills a block,
+    by launches that overlap and by some that do not.
+    """
     # poisoning is a launch of its own between ours
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     layer = make_layer(Case(groups=2, lengths=(900,), has_bias=has_bias, dtype=torch.bfloat16), "cuda")
@@ -223,11 +256,17 @@ def test_launches_that_overlap_change_nothing(
     terms = bias_terms(bias.bias, bias.inverse_frequencies, bias.scaling, bias.interleaved) if bias else None
     matrices = tuple(rotation.matrix("cuda") for rotation in layer.rotations)
     queries = [torch.randn_like(layer.q) for _ in range(50)]
-    lengths = layer.packed.lengths.clone()
+    lengths = layer.packed.lengths - 20
+    tables = [layer.packed.table.clone() for _ in range(2)]
+    tables[1][:, :4] = tables[0][:, [2, 3, 0, 1]]
+    tails = [torch.randn_like(layer.packed.key_tail) for _ in range(2)]
 
     def calls() -> list[torch.Tensor]:
         found = []
-        for q in queries:
+        for i, q in enumerate(queries):
+            layer.packed.table.copy_(tables[i % 2])
+            layer.packed.key_tail.copy_(tails[i % 2])
+            layer.packed.value_tail.copy_(tails[(i + 1) % 2])
             found.append(attend_packed(q, layer.packed, matrices, terms, scale=0.1, most_blocks=layer.most_blocks))
             layer.packed.lengths.add_(1)
         return found
@@ -288,9 +327,12 @@ def _bias_of_positions(
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("base", [10.0, 6e4])
+# the ring of recent tokens is as wide as one span takes, and wider; its turn ends at slot 8, 0 and 1 of 16
+@pytest.mark.parametrize(
+    ("base", "window", "length"), [(10.0, 128, 700), (6e4, 128, 700), (6e4, 176, 724), (6e4, 192, 517)]
+)
 def test_the_bias_of_every_token(
-    base: float, device: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    base: float, window: int, length: int, device: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """Key terms before a softmax hides their digits. At base 10 no pair turns slowly."""
     if device == "cpu":
@@ -307,7 +349,7 @@ def test_the_bias_of_every_token(
             return launch
 
     monkeypatch.setattr(kernel, "_attend_split", Launched())
-    case = Case(groups=1, lengths=(700,), has_bias=True, has_means=False, dtype=torch.float32)
+    case = Case(groups=1, lengths=(length,), window=window, has_bias=True, has_means=False, dtype=torch.float32)
     layer = make_layer(case, device)
     frequencies = base ** -torch.linspace(0, 1, case.key_dim // 2, dtype=torch.float64, device=device)
     key_bias = KeyBias(layer.key_bias.bias, frequencies.float(), 1.0, False)
@@ -316,7 +358,7 @@ def test_the_bias_of_every_token(
     matrices = tuple(rotation.matrix(device) for rotation in layer.rotations)
     attend_packed(layer.q, layer.packed, matrices, terms, scale=1.0, most_blocks=layer.most_blocks)
     blocks = 64 * layer.most_blocks
-    positions = torch.arange(700, device=device)
+    positions = torch.arange(length, device=device)
     q = layer.q[0, :, 0].float()
     expected = key_bias.scores(q[None], positions)[0] * 1.4426950408889634
     size = q.norm(dim=-1, keepdim=True) * key_bias.bias.norm()
@@ -325,13 +367,13 @@ def test_the_bias_of_every_token(
     ring = layer.packed.key_tail.shape[2] - case.sinks
     for slots, tokens in (
         (torch.arange(case.sinks), positions[: case.sinks]),
-        (case.sinks + torch.arange(blocks, 700 - case.sinks) % ring, positions[case.sinks + blocks :]),
+        (case.sinks + torch.arange(blocks, length - case.sinks) % ring, positions[case.sinks + blocks :]),
     ):
         in_tail = call["terms"][:, slots.to(device)] - expected[:, tokens]
         assert (in_tail.abs() / size).max() < 1e-6
     # all positions, as the programs of blocks find them in registers
     rows = len(q)
-    out = torch.empty(8, 700, device=device)
+    out = torch.empty(8, length, device=device)
     _bias_of_positions[(3,)](
         call["coefficients"],
         terms.tables.frequencies,
@@ -340,7 +382,7 @@ def test_the_bias_of_every_token(
         call["factor"],
         out,
         rows,
-        700,
+        length,
         PAIRS=terms.tables.frequencies.numel(),
         FAST=terms.tables.fast,
     )

@@ -77,7 +77,9 @@ def bias_terms(bias: torch.Tensor, inverse_frequencies: torch.Tensor, scaling: f
 
 def bias_tables(inverse_frequencies: torch.Tensor) -> BiasTables:
     """See BiasTables; on the CPU, made once for all layers with these frequencies, radians per position [pairs]."""
-    return _tables(tuple(inverse_frequencies.double().tolist()))
+    # kept for later calls, whatever device or mode is the default in this one
+    with torch.device("cpu"), torch.inference_mode(False):
+        return _tables(tuple(inverse_frequencies.double().tolist()))
 
 
 @lru_cache(maxsize=8)

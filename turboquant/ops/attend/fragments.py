@@ -95,9 +95,9 @@ def _decoder_registers(first: int, a: str, y1: str, y2: str) -> DecoderRegisters
 def _scores(planes: int, quarter: int) -> tuple[str, str]:
     """Products of 16 tokens with the query rows: assembly and its constraints.
 
-    Outputs: scores of token g in rows 2 t and 2 t + 1, then of token g + 8, float32. Inputs: table, signs, factor; q as
-    pairs of float16, for each word of 4 bytes and field a pair for bytes 0 and 1 and one for 2 and 3; the words of each
-    plane of token g, then of token g + 8.
+    Outputs: scores of the token in row g for query rows 2 t and 2 t + 1, then of the one in row g + 8, float32. Inputs:
+    table, signs, factor; q as pairs of float16, for each word of 4 bytes and field a pair for bytes 0 and 1 and one for
+    2 and 3; the words of each plane of the first token, then of the other.
     """
     words = quarter // 16
     at = 4 + _TABLES
@@ -124,7 +124,7 @@ def _values(planes: int, quarter: int) -> tuple[str, str]:
     Outputs: the sums [D / 16 products, 4] float32; product 4 (2 w + p) + f has field f of bytes 2 p and 2 p + 1 of
     word w, of which rows 2 t and 2 t + 1, then the same of the second byte. Inputs: table, signs, factor; weights of
     the tokens as two pairs of float16; whether a row's sums must shrink; by what, of rows 2 t and 2 t + 1; for each
-    plane its words of tokens 2 t, 2 t + 1, 2 t + 8 and 2 t + 9; the sums.
+    plane its words of the tokens in rows 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of the scores; the sums.
     """
     sums = quarter
     words = max(quarter // 32, 1)
@@ -178,7 +178,7 @@ def _load_queries(q, t, is_row, QUARTER: tl.constexpr):
     own = q.to(tl.pointer_type(tl.int8)) + t * OWN
     parts = ()
     for f in tl.static_range(0, 4):
-        parts = parts + (words_at(own + 2 * f * QUARTER, is_row, OWN, True),)
+        parts = parts + (words_at(own + 2 * f * QUARTER, is_row, OWN),)
     words = ()
     for w in tl.static_range(0, QUARTER // 16):
         for f in tl.static_range(0, 4):
@@ -423,7 +423,8 @@ def begin_units(
     held = shared_bytes(thread, HELD) + warp * (UNITS * UNIT_BYTES)
     for j in tl.static_range(0, UNITS - 1):
         block, token = _share_of_warp(j, first, count, warp, IN_RUNS)
-        entry = tl.load(entries + block, mask=0 * block + j < count, other=0)
+        # past the L1, as all that is read ahead of the wait for the launch before
+        entry = tl.load(entries + block, mask=0 * block + j < count, other=0, cache_modifier=".cg")
         _begin_unit(
             held + j * UNIT_BYTES,
             anchor,
@@ -442,7 +443,7 @@ def begin_units(
             UNIT_BYTES,
         )
     block, _ = _share_of_warp(UNITS - 1, first, count, warp, IN_RUNS)
-    return held, tl.load(entries + block, mask=0 * block + (UNITS - 1) < count, other=0)
+    return held, tl.load(entries + block, mask=0 * block + (UNITS - 1) < count, other=0, cache_modifier=".cg")
 
 
 @triton.jit

@@ -117,21 +117,13 @@ def shared_words(at, COUNT: tl.constexpr, DISTANCE: tl.constexpr, BYTES: tl.cons
 
 
 @triton.jit
-def words_at(pointer, mask, BYTES: tl.constexpr, IS_KEPT: tl.constexpr = False):
-    """2 to 32 bytes, a power of two, as a tuple of int32; IS_KEPT: in the L1.
-
-    What is read once would drive out of it what is read for every token: the bias's table, the queries.
-    """
-    CACHE: tl.constexpr = ".ca" if IS_KEPT else ".cg"
-    if BYTES == 2:
-        words = (tl.load(pointer.to(tl.pointer_type(tl.uint16)), mask=mask, cache_modifier=CACHE).to(tl.int32),)
-    elif BYTES == 4:
-        words = (tl.load(pointer.to(tl.pointer_type(tl.int32)), mask=mask, cache_modifier=CACHE),)
-    elif BYTES == 8:
-        both = tl.load(pointer.to(tl.pointer_type(tl.int64)), mask=mask, cache_modifier=CACHE)
+def words_at(pointer, mask, BYTES: tl.constexpr):
+    """8 bytes, or 16 or 32, as a tuple of int32."""
+    if BYTES == 8:
+        both = tl.load(pointer.to(tl.pointer_type(tl.int64)), mask=mask)
         words = (both.to(tl.int32), (both >> 32).to(tl.int32))
     else:
-        words = words_at(pointer, mask, BYTES // 2, IS_KEPT) + words_at(pointer + BYTES // 2, mask, BYTES // 2, IS_KEPT)
+        words = words_at(pointer, mask, BYTES // 2) + words_at(pointer + BYTES // 2, mask, BYTES // 2)
     return words
 
 

@@ -120,16 +120,17 @@ def plain_quarters(base, row_stride, n, is_held, QUARTER: tl.constexpr, QUARTER_
 
 
 @triton.jit
-def ask_for_tail(base, first_slot, slots, DIM: tl.constexpr):
-    """Have the L2 read 64 slots of a head's tail, 128 bytes a thread."""
+def ask_for_tail(base, first_slot, end_slot, DIM: tl.constexpr):
+    """Have the L2 read 64 slots of a head's tail, before `end_slot`, 128 bytes a thread."""
     BYTES: tl.constexpr = DIM * base.dtype.element_ty.primitive_bitwidth // 8
     own = tl.arange(0, 128) * 128
     for start in tl.static_range(0, 64 * BYTES, 128 * 128):
         at = first_slot * BYTES + start + own
+        is_there = (at < end_slot * BYTES) & (start + own < 64 * BYTES)
         tl.inline_asm_elementwise(
             "{.reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0;}",
             "=r,l,r",
-            [(base.to(tl.pointer_type(tl.int8)) + at).to(tl.int64), (at < slots * BYTES).to(tl.int32)],
+            [(base.to(tl.pointer_type(tl.int8)) + at).to(tl.int64), is_there.to(tl.int32)],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
