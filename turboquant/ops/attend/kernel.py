@@ -543,6 +543,7 @@ def _attend_split(
     BY_QUARTER: tl.constexpr,
     UNIT_BYTES: tl.constexpr,
     UNITS: tl.constexpr,
+    HELD_BYTES: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """A share of the tokens of one row of the batch, one KV head, ROWS query rows: top score, mass, weighted sum.
@@ -593,6 +594,7 @@ def _attend_split(
             HAS_BIAS,
             UNIT_BYTES,
             UNITS,
+            HELD_BYTES,
         )
         if tail >= 0:
             ask_for_tail(key_tail + bg.to(tl.int64) * slots * KEY_DIM, first_slot, end_slot, KEY_DIM)
@@ -972,6 +974,7 @@ def attend_packed(
         BY_QUARTER=in_fragments and max(key_dim, value_dim) > 128,
         UNIT_BYTES=unit,
         UNITS=units,
+        HELD_BYTES=held_bytes(units, unit),
         num_warps=FRAGMENT_WARPS if in_fragments else launch.warps,
         num_stages=launch.stages,
         **overlapping,
