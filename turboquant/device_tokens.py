@@ -38,7 +38,7 @@ class DeviceTokens:
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor held, but for the matrices, which are the rotations', and the bias itself."""
         own = [self.anchor, self.table, self.lengths, self.coded]
-        return own + (self.bias.tables.tensors if self.bias is not None else [])
+        return own + ([self.bias.lengths, *self.bias.tables.tensors] if self.bias is not None else [])
 
     def make_room(self, blocks: int) -> None:
         """Let every row name that many blocks."""

@@ -175,7 +175,7 @@ class _Warp:
                 assert int(size) % 1024 == 0
                 assert int(size) + SHARED_AT <= len(SHARED)
                 self.frames[-1][name] = np.full(LANES, SHARED_AT, np.uint32)
-            elif line.startswith("@") and "prefetch" in line:
+            elif line.startswith("@") and ("prefetch" in line or "ld.global.nc.b32 x" in line):
                 pass  # changes nothing
             elif line.startswith("@") and "cp.async" in line:
                 guard, _, copy = line.partition(" ")
@@ -254,16 +254,21 @@ class _Warp:
             self.write(to, self.word(arguments[0])[self.word(arguments[1]) % LANES])
         elif kind[0] == "vote":
             self.write(to, np.full(LANES, self.read(arguments[0]).astype(bool).any()))
+        elif kind[:2] == ["setp", "gt"]:
+            is_above = _float(self.word(arguments[0])) > _float(self.word(arguments[1]))
+            self.write(to, is_above | self.read(arguments[2]).astype(bool) if kind[2] == "or" else is_above)
         elif kind[0] == "setp":
-            self.write(to, self.word(arguments[0]) != self.word(arguments[1]))
+            is_equal = self.word(arguments[0]) == self.word(arguments[1])
+            self.write(to, is_equal if kind[1] == "eq" else ~is_equal)
         elif kind[0] == "movmatrix":
             halves = self.word(arguments[0]).view(np.uint16).reshape(8, 8)
             self.write(to, np.ascontiguousarray(halves.T).view(np.uint32).reshape(-1))
-        elif kind[0] in ("cos", "sin"):
-            self.write(to, _bits({"cos": np.cos, "sin": np.sin}[kind[0]](_float(self.word(arguments[0])))))
+        elif kind[0] in ("cos", "sin", "ex2"):
+            function = {"cos": np.cos, "sin": np.sin, "ex2": np.exp2}[kind[0]]
+            self.write(to, _bits(function(_float(self.word(arguments[0])))))
         elif kind[-1] == "f32" and kind[0] != "mov":
             a, b = (_float(self.word(one)) for one in arguments)
-            function = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[kind[0]]
+            function = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "max": np.fmax}[kind[0]]
             self.write(to, _bits(function(a, b)))
         else:
             self.write(to, self.integer(kind, [self.word(one) for one in arguments], arguments))

@@ -57,11 +57,12 @@ class BiasTerms:
     """A key bias and its rotary embedding, for the kernels.
 
     Attributes:
-        bias: [G, D] float32, before the rotary embedding.
+        bias: [G, D] float32, before the rotary embedding. lengths: [G] float32, of these.
         tables: on the device of the bias. interleaved, scaling: see KeyBias.
     """
 
     bias: torch.Tensor
+    lengths: torch.Tensor
     tables: BiasTables
     interleaved: bool
     scaling: float
@@ -72,7 +73,7 @@ def bias_terms(bias: torch.Tensor, inverse_frequencies: torch.Tensor, scaling: f
     tables = bias_tables(inverse_frequencies)
     frequencies, spans, series, turns = (tensor.to(bias.device) for tensor in tables.tensors)
     own = BiasTables(frequencies, spans, series, turns, tables.fast, tables.pairs)
-    return BiasTerms(bias, own, interleaved, scaling)
+    return BiasTerms(bias, torch.linalg.vector_norm(bias, dim=-1), own, interleaved, scaling)
 
 
 def bias_tables(inverse_frequencies: torch.Tensor) -> BiasTables:

@@ -18,6 +18,8 @@ of all in a row where there is a key bias, and keeps a softmax of its own; they 
 interpreter runs it where a test lends it the PTX.
 """
 
+import struct
+
 import triton
 import triton.language as tl
 
@@ -27,7 +29,6 @@ from turboquant.ops.attend.lanes import (
     await_copies,
     copy_to_shared,
     lower_half,
-    most_of_column,
     multiply,
     names,
     packed,
@@ -53,6 +54,10 @@ SHARED_BYTES = 48 << 10
 
 # What every program takes besides.
 _SYSTEM_BYTES = 1 << 10
+
+# Weights may pass 1 by as many powers of two before the top of their row moves: with a value's scale, which is below 2,
+# they stay far from float16's largest number.
+_LEEWAY = 8.0
 
 _TABLES = 6  # operands that every piece of assembly begins with: table, signs, factor
 
@@ -126,27 +131,20 @@ def _values(planes: int, quarter: int) -> tuple[str, str]:
 
     Outputs: the sums [D / 16 products, 4] float32; product 4 (2 w + p) + f has field f of bytes 2 p and 2 p + 1 of
     word w, of which rows 2 t and 2 t + 1, then the same of the second byte. Inputs: table, signs, factor; weights of
-    the tokens as two pairs of float16; whether a row's sums must shrink; by what, of rows 2 t and 2 t + 1; for each
-    plane its words of the tokens in rows 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of the scores; the sums.
+    the tokens as two pairs of float16; for each plane its words of the tokens in rows 2 t, 2 t + 1, 2 t + 8 and
+    2 t + 9 of the scores; the sums.
     """
     sums = quarter
     words = max(quarter // 32, 1)
     halves = 2 if quarter >= 32 else 1  # of a word that hold anything
     weights = names(sums + _TABLES, 2)
-    flag, even, odd = names(sums + _TABLES + 2, 3)
-    at = sums + _TABLES + 5
+    at = sums + _TABLES + 2
     planes_at = [names(at + p * 4 * words, 4 * words) for p in range(planes)]
     before = names(at + planes * 4 * words, sums)
     lines = [
         ".reg .b32 v<8>, x<8>, m<6>;",
         f".reg .f32 c<{sums}>;",
-        ".reg .pred changed;",
         *(f"mov.f32 c{i}, {name};" for i, name in enumerate(before)),
-        f"setp.ne.s32 changed, {flag}, 0;",
-        "vote.sync.any.pred changed, changed, 0xffffffff;",
-        "@!changed bra.uni shrunk;",
-        *(f"mul.f32 c{i}, c{i}, {odd if i % 2 else even};" for i in range(sums)),
-        "shrunk:",
     ]
     for w in range(words):
         for half in range(halves):
@@ -165,12 +163,53 @@ def _values(planes: int, quarter: int) -> tuple[str, str]:
                 operand = (f"v{2 * f}", f"v{2 * f + 1}", f"x{2 * f}", f"x{2 * f + 1}")
                 lines.append(multiply(to, operand, (weights[0], weights[1])))
     lines += [f"mov.f32 ${i}, c{i};" for i in range(sums)]
-    inputs = ["r"] * (_TABLES + 3) + ["f"] * 2 + ["r"] * (planes * 4 * words) + ["f"] * sums
+    inputs = ["r"] * (_TABLES + 2 + planes * 4 * words) + ["f"] * sums
     return "{\n" + "\n".join(lines) + "\n}", ",".join(["=f"] * sums + inputs)
+
+
+def _raised(sums: int) -> tuple[str, str]:
+    """Tops that no weight of 16 tokens passes by more than 2^_LEEWAY: assembly and its constraints.
+
+    Outputs: of rows 2 t and 2 t + 1 the tops, the masses, then the sums, which go by the tops. Inputs: the highest
+    exponents of this thread in these rows, then all that the outputs take the place of. Mostly nothing changes, which
+    costs no exchange between threads.
+    """
+    lines = [
+        ".reg .f32 most<2>, new<2>, by<2>, other, bound;",
+        ".reg .pred changed;",
+        f"add.f32 bound, ${sums + 6}, {_float_name(_LEEWAY)};",
+        f"setp.gt.f32 changed, ${sums + 4}, bound;",
+        f"add.f32 bound, ${sums + 7}, {_float_name(_LEEWAY)};",
+        f"setp.gt.or.f32 changed, ${sums + 5}, bound, changed;",
+        "vote.sync.any.pred changed, changed, 0xffffffff;",
+        *(f"mov.f32 ${i}, ${sums + 6 + i};" for i in range(sums + 4)),
+        "@!changed bra.uni kept;",
+    ]
+    for row in range(2):
+        lines.append(f"mov.f32 most{row}, ${sums + 4 + row};")
+        # of the eight threads of a column
+        for lane in (4, 8, 16):
+            lines.append(f"shfl.sync.bfly.b32 other, most{row}, {lane}, 0x1f, 0xffffffff;")
+            lines.append(f"max.f32 most{row}, most{row}, other;")
+        lines += [
+            f"max.f32 new{row}, most{row}, ${row};",
+            f"sub.f32 by{row}, ${row}, new{row};",
+            f"ex2.approx.ftz.f32 by{row}, by{row};",
+            f"mov.f32 ${row}, new{row};",
+            f"mul.f32 ${2 + row}, ${2 + row}, by{row};",
+        ]
+    lines += [f"mul.f32 ${4 + i}, ${4 + i}, by{i % 2};" for i in range(sums)]
+    lines.append("kept:")
+    return "{\n" + "\n".join(lines) + "\n}", ",".join(["=&f"] * (sums + 4) + ["f"] * (sums + 6))
+
+
+def _float_name(x: float) -> str:
+    return "0f" + struct.pack(">f", x).hex().upper()
 
 
 # By planes and bytes of plane 0.
 _SCORES = tl.constexpr({(p, quarter): _scores(p, quarter) for p in (1, 2, 3) for quarter in QUARTERS})
+_RAISED = tl.constexpr({(quarter,): _raised(quarter) for quarter in QUARTERS})
 _VALUES = tl.constexpr({(p, quarter): _values(p, quarter) for p in (1, 2, 3) for quarter in QUARTERS})
 
 
@@ -495,7 +534,8 @@ def attend_fragments(
     begun: from `begin_units`. q: [128], where thread (g, t)'s row g begins in what `prepare_rows` left in float16.
     row_scale, position, means, bias_scale: pairs of [128], of its rows 2 t and 2 t + 1; means point to what is added
     to the scores of block 0.
-    for_means: of row g, what `store_means` takes: its query in float32, the factor of its scores, where block 0's goes.
+    for_means: of row g, what `store_means` takes: its query in float32, the factor of its scores, where block 0's goes;
+    then the first means.
     bias: what `span_of_bias` takes behind the position. out_top, out_mass, out_acc: of the first row.
     """
     thread = tl.arange(0, 32 * 4)
@@ -527,6 +567,7 @@ def attend_fragments(
     held, entry = begun
     if HAS_MEANS:
         store_means(
+            for_means[3],
             anchor,
             entries,
             first,
@@ -649,28 +690,32 @@ def attend_fragments(
             s1 += e0
             s2 += e1
             s3 += e1
-            new_top0 = tl.maximum(top0, most_of_column(tl.maximum(s0, s2)))
-            new_top1 = tl.maximum(top1, most_of_column(tl.maximum(s1, s3)))
-            shrink0 = tl.exp2(top0 - new_top0)
-            shrink1 = tl.exp2(top1 - new_top1)
-            w0 = tl.exp2(s0 - new_top0)
-            w1 = tl.exp2(s1 - new_top1)
-            w2 = tl.exp2(s2 - new_top0)
-            w3 = tl.exp2(s3 - new_top1)
-            mass0 = mass0 * shrink0 + (w0 * i0 + w2 * i1)
-            mass1 = mass1 * shrink1 + (w1 * i0 + w3 * i1)
+            RAISED_ASSEMBLY: tl.constexpr = piece(_RAISED, 0, VALUE_QUARTER)
+            RAISED_CONSTRAINTS: tl.constexpr = piece(_RAISED, 1, VALUE_QUARTER)
+            found = tl.inline_asm_elementwise(
+                RAISED_ASSEMBLY,
+                RAISED_CONSTRAINTS,
+                (tl.maximum(s0, s2), tl.maximum(s1, s3), top0, top1, mass0, mass1) + sums,
+                dtype=(tl.float32,) * (SUMS + 4),
+                is_pure=True,
+                pack=1,
+            )
+            top0, top1, mass0, mass1 = found[0], found[1], found[2], found[3]
+            w0 = tl.exp2(s0 - top0)
+            w1 = tl.exp2(s1 - top1)
+            w2 = tl.exp2(s2 - top0)
+            w3 = tl.exp2(s3 - top1)
+            mass0 += w0 * i0 + w2 * i1
+            mass1 += w1 * i0 + w3 * i1
             v0 *= i0
             v1 *= i1
             weights = (transposed(packed(w0 * v0, w1 * v0)), transposed(packed(w2 * v1, w3 * v1)))
-            has_grown = ((new_top0 > top0) | (new_top1 > top1)).to(tl.int32)
-            top0 = new_top0
-            top1 = new_top1
             VALUE_ASSEMBLY: tl.constexpr = piece(_VALUES, 0, VALUE_PLANES, VALUE_QUARTER)
             VALUE_CONSTRAINTS: tl.constexpr = piece(_VALUES, 1, VALUE_PLANES, VALUE_QUARTER)
             sums = tl.inline_asm_elementwise(
                 VALUE_ASSEMBLY,
                 VALUE_CONSTRAINTS,
-                own_value_table + weights + (has_grown, shrink0, shrink1) + values + sums,
+                own_value_table + weights + values + found[4:],
                 dtype=(tl.float32,) * SUMS,
                 is_pure=True,
                 pack=1,

@@ -55,7 +55,7 @@ from turboquant.ops.attend.parts import (
     turned_back,
 )
 from turboquant.ops.attend.rows import merge_rows, prepare_rows
-from turboquant.ops.attend.terms import PAIRS, store_bias_of_tail
+from turboquant.ops.attend.terms import PAIRS, load_means, store_bias_of_tail, touch_tables
 from turboquant.ops.devices import capability, is_interpreted, multiprocessors, shared_memory
 from turboquant.ops.unpack.kernel import decode_fields, load_codes
 from turboquant.ops.unpack.kernel import tables as decoder_tables
@@ -596,9 +596,27 @@ def _attend_split(
             UNITS,
             HELD_BYTES,
         )
+        means = ()
+        if HAS_MEANS:
+            means = load_means(
+                anchor,
+                entries,
+                first,
+                last,
+                bg % groups,
+                KEY_DIM,
+                VALUE_QUARTER,
+                KEY_PLANES,
+                VALUE_PLANES,
+                KEY_BYTES,
+                VALUE_BYTES,
+                IS_MIXED,
+            )
         if tail >= 0:
             ask_for_tail(key_tail + bg.to(tl.int64) * slots * KEY_DIM, first_slot, end_slot, KEY_DIM)
             ask_for_tail(value_tail + bg.to(tl.int64) * slots * VALUE_DIM, first_slot, end_slot, VALUE_DIM)
+        if HAS_BIAS:
+            touch_tables(frequencies, bias_table, bias_series, PAIRS_PADDED, FAST)
     join_launches(OVERLAPS)
     if IN_FRAGMENTS:
         # of thread (g, t) row g, then rows 2 t and 2 t + 1, see `attend_fragments`
@@ -645,7 +663,7 @@ def _attend_split(
                 ),
                 softcap,
                 (even_terms + terms_means, odd_terms + terms_means),
-                (q + own * (4 * KEY_QUARTER_PADDED), own_scale, terms + own * terms_stride + terms_means),
+                (q + own * (4 * KEY_QUARTER_PADDED), own_scale, terms + own * terms_stride + terms_means, means),
                 (own_coefficients, frequencies, bias_series, constants),
                 bias_table,
                 (even_bias_scale, odd_bias_scale),
@@ -855,13 +873,15 @@ def attend_packed(
         else factor
     )
     overlapping = {"OVERLAPS": overlaps, "launch_pdl": overlaps}
-    prepare_rows[(rows, batch * groups, -(-4 * key_quarter // _CHUNK))](
+    # a program more where there is a bias
+    prepare_rows[(rows, batch * groups, -(-4 * key_quarter // _CHUNK) + (bias is not None))](
         q,
         q.stride(0),
         q.stride(1),
         q.stride(2),
         key_matrix,
         bias.bias if bias is not None else factor,
+        bias.lengths if bias is not None else factor,
         rotated,
         halves,
         factor,

@@ -149,27 +149,11 @@ def packed(low, high):
 
 
 @triton.jit
-def _from_neighbour(x, by):
-    """What the thread has whose number in the warp differs in the bits `by`, float32."""
-    return tl.inline_asm_elementwise(
-        "shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;", "=f,f,r", [x, by], dtype=tl.float32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
 def from_thread(x, lane):
     """What a thread of the warp has, float32, by its number."""
     return tl.inline_asm_elementwise(
         "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;", "=f,f,r", [x, lane], dtype=tl.float32, is_pure=True, pack=1
     )
-
-
-@triton.jit
-def most_of_column(x):
-    """The largest of the eight threads (0, t) to (7, t)."""
-    x = tl.maximum(x, _from_neighbour(x, 4))
-    x = tl.maximum(x, _from_neighbour(x, 8))
-    return tl.maximum(x, _from_neighbour(x, 16))
 
 
 @triton.jit

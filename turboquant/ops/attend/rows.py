@@ -10,9 +10,7 @@ from turboquant.ops.attend.parts import join_launches
 def _share_of_bias(
     source,
     bias,
-    x,
-    length,
-    inverse,
+    bias_length,
     out_factor,
     out_coefficients,
     DIM: tl.constexpr,
@@ -20,29 +18,41 @@ def _share_of_bias(
     PAIRS: tl.constexpr,
     PAIRS_PADDED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
-    """The length of a query row x, and its products with the key bias [DIM] of its head."""
+    """The length of a query row, and its products with the key bias [DIM] of its head."""
     d = tl.arange(0, DIM_PADDED)
+    i = tl.arange(0, PAIRS_PADDED)
+    first = 2 * i if INTERLEAVED else i
+    second = 2 * i + 1 if INTERLEAVED else i + PAIRS
+    still = (d >= 2 * PAIRS) & (d < DIM)  # coordinates that the rotary embedding leaves alone
+    b1 = tl.load(bias + first, mask=i < PAIRS, other=0)
+    b2 = tl.load(bias + second, mask=i < PAIRS, other=0)
+    own_length = tl.load(bias_length)
+    if 2 * PAIRS < DIM:
+        unmoved = tl.load(bias + d, mask=still, other=0)
+    join_launches(OVERLAPS)
+    # asked for together
+    x = tl.load(source + d, mask=d < DIM, other=0).to(tl.float32)
+    q1 = tl.load(source + first, mask=i < PAIRS, other=0).to(tl.float32)
+    q2 = tl.load(source + second, mask=i < PAIRS, other=0).to(tl.float32)
+    length = tl.sqrt(tl.sum(x * x, 0))
+    shrink = _inverse(length) * tl.where(own_length > 0, 1 / own_length, 0.0)
+    tl.store(out_coefficients + i, (q1 * b1 + q2 * b2) * shrink)
+    tl.store(out_coefficients + PAIRS_PADDED + i, (q2 * b1 - q1 * b2) * shrink)
     constant = 0.0
-    bias_length = 0.0
-    if PAIRS >= 0:
-        all_of_it = tl.load(bias + d, mask=d < DIM, other=0)
-        bias_length = tl.sqrt(tl.sum(all_of_it * all_of_it, 0))
-        shrink = inverse * tl.where(bias_length > 0, 1 / bias_length, 0.0)
-        i = tl.arange(0, PAIRS_PADDED)
-        first = 2 * i if INTERLEAVED else i
-        second = 2 * i + 1 if INTERLEAVED else i + PAIRS
-        q1 = tl.load(source + first, mask=i < PAIRS, other=0).to(tl.float32)
-        q2 = tl.load(source + second, mask=i < PAIRS, other=0).to(tl.float32)
-        b1 = tl.load(bias + first, mask=i < PAIRS, other=0)
-        b2 = tl.load(bias + second, mask=i < PAIRS, other=0)
-        tl.store(out_coefficients + i, (q1 * b1 + q2 * b2) * shrink)
-        tl.store(out_coefficients + PAIRS_PADDED + i, (q2 * b1 - q1 * b2) * shrink)
-        still = d >= 2 * PAIRS  # coordinates that the rotary embedding leaves alone
-        constant = tl.sum(tl.where(still, x * all_of_it, 0.0), 0)
+    if 2 * PAIRS < DIM:
+        constant = tl.sum(x * unmoved, 0)
     tl.store(out_factor, length)
-    tl.store(out_factor + 1, bias_length * length)
+    tl.store(out_factor + 1, own_length * length)
     tl.store(out_factor + 2, constant)
+
+
+@triton.jit
+def _inverse(length):
+    """1 / length; 0 of 0, and NaN stays."""
+    inverse = tl.where(length > 0, 1 / length, 0.0)
+    return tl.where(length != length, length, inverse)
 
 
 @triton.jit(do_not_specialize=["groups", "heads_per_group", "tokens"])
@@ -53,6 +63,7 @@ def prepare_rows(
     q_token_stride,
     matrix,
     bias,
+    bias_lengths,
     out_q,
     out_half,
     out_factor,
@@ -73,7 +84,8 @@ def prepare_rows(
 ):
     """One query row: CHUNK coordinates of it rotated to length 1, each quarter padded; HAS_HALVES: as float16, too.
 
-    The first chunk's program also stores its length and its share of the key bias.
+    Its length comes from the first chunk's program, or, where there is a key bias (PAIRS at least 0), from one behind
+    the last, with its share of that.
     """
     row = tl.program_id(0)
     bg = tl.program_id(1)
@@ -85,27 +97,27 @@ def prepare_rows(
     head = g * heads_per_group + row // tokens
     source = q + b.to(tl.int64) * q_batch_stride + head.to(tl.int64) * q_head_stride
     source += (row % tokens).to(tl.int64) * q_token_stride
-    d = tl.arange(0, DIM_PADDED)
-    p = start + tl.arange(0, CHUNK)
-    c = p // QUARTER_PADDED * QUARTER + p % QUARTER_PADDED
-    is_real = p % QUARTER_PADDED < QUARTER
-    part = tl.load(matrix + c[:, None] * DIM + d[None, :], mask=is_real[:, None] & (d < DIM)[None, :], other=0)
-    join_launches(OVERLAPS)
-    x = tl.load(source + d, mask=d < DIM, other=0).to(tl.float32)
-    length = tl.sqrt(tl.sum(x * x, 0))
-    inverse = tl.where(length > 0, 1 / length, 0.0)
-    inverse = tl.where(length != length, length, inverse)  # NaN stays
-    rotated = tl.sum(part * x[None, :], 1) * inverse
-    tl.store(out_q + at * (4 * QUARTER_PADDED) + p, rotated)
-    if HAS_HALVES:
-        tl.store(out_half + at * (4 * QUARTER_PADDED) + p, rotated.to(tl.float16))
-    if start == 0:
+    if start < 4 * QUARTER_PADDED:
+        d = tl.arange(0, DIM_PADDED)
+        p = start + tl.arange(0, CHUNK)
+        c = p // QUARTER_PADDED * QUARTER + p % QUARTER_PADDED
+        is_real = p % QUARTER_PADDED < QUARTER
+        part = tl.load(matrix + c[:, None] * DIM + d[None, :], mask=is_real[:, None] & (d < DIM)[None, :], other=0)
+        join_launches(OVERLAPS)
+        x = tl.load(source + d, mask=d < DIM, other=0).to(tl.float32)
+        length = tl.sqrt(tl.sum(x * x, 0))
+        rotated = tl.sum(part * x[None, :], 1) * _inverse(length)
+        tl.store(out_q + at * (4 * QUARTER_PADDED) + p, rotated)
+        if HAS_HALVES:
+            tl.store(out_half + at * (4 * QUARTER_PADDED) + p, rotated.to(tl.float16))
+        if PAIRS < 0:
+            if start == 0:
+                tl.store(out_factor + at * 4, length)
+    else:
         _share_of_bias(
             source,
             bias + g.to(tl.int64) * DIM,
-            x,
-            length,
-            inverse,
+            bias_lengths + g,
             out_factor + at * 4,
             out_coefficients + at * (2 * PAIRS_PADDED),
             DIM,
@@ -113,6 +125,7 @@ def prepare_rows(
             PAIRS,
             PAIRS_PADDED,
             INTERLEAVED,
+            OVERLAPS,
         )
 
 

@@ -117,19 +117,51 @@ def _queries(q, is_row, t, DIM: tl.constexpr):
 
 
 @triton.jit
-def _load_means(record, is_there, t, DIM: tl.constexpr):
-    """A block's mean, 4 of every 16 float16 a thread. record: where the head's share of it begins."""
-    mean = record + (128 + 8 * t)
+def load_means(
+    anchor,
+    entries,
+    start,
+    last,
+    head,
+    KEY_DIM: tl.constexpr,
+    VALUE_QUARTER: tl.constexpr,
+    KEY_PLANES: tl.constexpr,
+    VALUE_PLANES: tl.constexpr,
+    KEY_BYTES: tl.constexpr,
+    VALUE_BYTES: tl.constexpr,
+    IS_MIXED: tl.constexpr,
+):
+    """Means of the 32 blocks from `start` on, before `last`: a warp has 8 of them, thread (g, t) of the g-th 4 of every
+    16 float16.
+    """
+    thread = tl.arange(0, 32 * 4)
+    column = start + thread // 32 * 8 + thread % 32 // 4
+    is_there = column < last
+    # past the L1, as all that is read ahead of the wait for the launch before
+    record, _, _, _ = place(
+        anchor,
+        tl.load(entries + column, mask=is_there, other=0, cache_modifier=".cg"),
+        head,
+        KEY_BYTES,
+        VALUE_BYTES,
+        KEY_DIM // 4,
+        VALUE_QUARTER,
+        KEY_PLANES,
+        VALUE_PLANES,
+        IS_MIXED,
+    )
+    mean = record + (128 + 8 * (thread % 4))
     words = ()
-    for k in tl.static_range(0, DIM // 16):
-        both = tl.load((mean + 32 * k).to(tl.pointer_type(tl.int64)), mask=is_there, other=0)
+    for k in tl.static_range(0, KEY_DIM // 16):
+        own = (mean + 32 * k).to(tl.pointer_type(tl.int64))
+        both = tl.load(own, mask=is_there, other=0, cache_modifier=".cg")
         words = words + (both.to(tl.int32), (both >> 32).to(tl.int32))
     return words
 
 
 @triton.jit
 def _mean_products(queries, means, DIM: tl.constexpr):
-    """Scores of the means of blocks 2 t and 2 t + 1 in row g; queries, means: from `_queries`, `_load_means`."""
+    """Scores of the means of blocks 2 t and 2 t + 1 in row g; queries, means: from `_queries`, `load_means`."""
     words = ()
     for k in tl.static_range(0, DIM // 16):
         words = words + queries[4 * k : 4 * k + 4] + means[2 * k : 2 * k + 2]
@@ -140,6 +172,7 @@ def _mean_products(queries, means, DIM: tl.constexpr):
 
 @triton.jit
 def store_means(
+    means,
     anchor,
     entries,
     first,
@@ -159,32 +192,67 @@ def store_means(
 ):
     """What the means of blocks [first, last) add to the scores of their tokens.
 
-    q, row_scale, out, is_row: [128], of thread (g, t)'s row g; out points to its block 0.
+    means: from `load_means`, of the first blocks. q, row_scale, out, is_row: [128], of thread (g, t)'s row g; out
+    points to its block 0.
     """
     thread = tl.arange(0, 32 * 4)
-    g = thread % 32 // 4
     t = thread % 4
     queries = _queries(q, is_row, t, KEY_DIM)
     # a warp multiplies 8 blocks at once
     for start in tl.range(first, last, 32, num_stages=1):
-        column = start + thread // 32 * 8
-        is_there = column + g < last
-        record, _, _, _ = place(
+        even, odd = _mean_products(queries, means, KEY_DIM)
+        column = start + thread // 32 * 8 + 2 * t
+        tl.store(out + column, even * row_scale, mask=is_row & (column < last))
+        tl.store(out + column + 1, odd * row_scale, mask=is_row & (column + 1 < last))
+        means = load_means(
             anchor,
-            tl.load(entries + column + g, mask=is_there, other=0),
+            entries,
+            start + 32,
+            last,
             head,
-            KEY_BYTES,
-            VALUE_BYTES,
-            KEY_DIM // 4,
+            KEY_DIM,
             VALUE_QUARTER,
             KEY_PLANES,
             VALUE_PLANES,
+            KEY_BYTES,
+            VALUE_BYTES,
             IS_MIXED,
         )
-        even, odd = _mean_products(queries, _load_means(record, is_there, t, KEY_DIM), KEY_DIM)
-        column += 2 * t
-        tl.store(out + column, even * row_scale, mask=is_row & (column < last))
-        tl.store(out + column + 1, odd * row_scale, mask=is_row & (column + 1 < last))
+
+
+@triton.jit
+def _touch(pointer, is_wanted):
+    """Have the L1 read a line of what never changes. A load whose result nothing depends on would be dropped."""
+    tl.inline_asm_elementwise(
+        """{.reg .pred p; .reg .b32 x; setp.ne.s32 p, $2, 0; mov.b32 x, 0;
+        @p ld.global.nc.b32 x, [$1];
+        setp.eq.u32 p, x, 0x7fc1a5a5; @p prefetch.global.L2 [$1]; mov.b32 $0, 0;}""",
+        "=r,l,r",
+        [pointer.to(tl.int64), is_wanted.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def touch_tables(frequencies, spans, series, PAIRS_PADDED: tl.constexpr, FAST: tl.constexpr):
+    """Have the L1 read what the bias of the first tokens is made of, ahead of the wait for the launch before: of
+    `spans` what 64 tokens take, in lines of 128 bytes.
+    """
+    thread = tl.arange(0, 32 * 4)
+    PRODUCTS: tl.constexpr = FAST // 8 + 1
+    LINES: tl.constexpr = min(16 * PRODUCTS, 64)
+    part = tl.where(thread < 64, 0, HALF_SPAN // 8 * 256 * PRODUCTS)  # the low parts lie behind the high ones
+    _touch((spans + part + thread % 64 * 64).to(tl.pointer_type(tl.int32)), thread % 64 < LINES)
+    # both parts of the series, at most 64 lines, and frequencies
+    SERIES: tl.constexpr = (PAIRS_PADDED - FAST) // 8 * 8
+    line = thread % 64 * 32
+    is_series = thread < 64
+    source = tl.where(
+        is_series, series.to(tl.pointer_type(tl.int32)) + line, frequencies.to(tl.pointer_type(tl.int32)) + line
+    )
+    _touch(source, thread % 64 < tl.where(is_series, SERIES, PAIRS_PADDED // 16))
 
 
 @triton.jit

@@ -11,6 +11,62 @@ from turboquant.codebook import embedded_codebook
 from turboquant.layout import BlockLayout
 
 
+@triton.jit
+def _eighths(source, is_real, EIGHTH: tl.constexpr):
+    """Coordinates i * D / 8 + e of vectors, i below 8: tensors [N, E]. source: [N, E], where coordinates e lie.
+
+    Apart, so that a thread has the same of every eighth: what a byte of a plane is made of.
+    """
+    parts = ()
+    for i in tl.static_range(0, 8):
+        parts = parts + (tl.load(source + i * EIGHTH, mask=is_real, other=0),)
+    return parts
+
+
+@triton.jit
+def _sum_of_8(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7
+
+
+@triton.constexpr_function
+def _single_at(field, half):
+    """Where a 1-bit plane keeps the bit of a field, see turboquant/planes.py."""
+    return field % 2 + field // 2 * 4 + (1 - half) * 2
+
+
+@triton.jit
+def _magnitude(u, THRESHOLDS: tl.constexpr, CENTROIDS: tl.constexpr):
+    """Bits of the magnitude of u, most significant first, and its centroid: the thresholds as a tree."""
+    if len(CENTROIDS) == 2:
+        high = u > THRESHOLDS[0]
+        bits = (high,)
+        centroid = tl.where(high, CENTROIDS[1], CENTROIDS[0])
+    elif len(CENTROIDS) == 4:
+        high = u > THRESHOLDS[1]
+        low = u > tl.where(high, THRESHOLDS[2], THRESHOLDS[0])
+        bits = (high, low)
+        above = tl.where(low, CENTROIDS[3], CENTROIDS[2])
+        centroid = tl.where(high, above, tl.where(low, CENTROIDS[1], CENTROIDS[0]))
+    else:
+        high = u > THRESHOLDS[3]
+        middle = u > tl.where(high, THRESHOLDS[5], THRESHOLDS[1])
+        above = tl.where(middle, THRESHOLDS[6], THRESHOLDS[4])
+        low = u > tl.where(high, above, tl.where(middle, THRESHOLDS[2], THRESHOLDS[0]))
+        bits = (high, middle, low)
+        above = tl.where(
+            middle,
+            tl.where(low, CENTROIDS[7], CENTROIDS[6]),
+            tl.where(low, CENTROIDS[5], CENTROIDS[4]),
+        )
+        below = tl.where(
+            middle,
+            tl.where(low, CENTROIDS[3], CENTROIDS[2]),
+            tl.where(low, CENTROIDS[1], CENTROIDS[0]),
+        )
+        centroid = tl.where(high, above, below)
+    return bits, centroid
+
+
 @triton.jit(do_not_specialize=["first_slot", "first_token", "ring", "table_stride", "first_block", "sinks", "window"])
 def _encode_blocks(
     tokens,
@@ -27,12 +83,13 @@ def _encode_blocks(
     lengths,
     sinks,
     window,
-    levels,
-    root,
+    ROOT: tl.constexpr,
     DIM: tl.constexpr,
     EIGHTH: tl.constexpr,
     EIGHTH_PADDED: tl.constexpr,
     PLANES: tl.constexpr,
+    THRESHOLDS: tl.constexpr,
+    CENTROIDS: tl.constexpr,
     HAS_MEAN: tl.constexpr,
     HEAD_BYTES: tl.constexpr,
     SIDE_AT: tl.constexpr,
@@ -54,84 +111,89 @@ def _encode_blocks(
     if is_due:
         entry = tl.load(table + b.to(tl.int64) * table_stride + block)
         record = anchor + tl.multiple_of(entry & -16, 16) + g.to(tl.int64) * HEAD_BYTES + SIDE_AT
-        # axis 1 counts field and half, f * 2 + h: coordinates f * D / 4 + h * D / 8 + e
-        fh = tl.arange(0, 8)
-        e = tl.arange(0, EIGHTH_PADDED)
-        is_real = (e < EIGHTH)[None, None, :]
-        column = (fh * EIGHTH)[None, :, None] + e[None, None, :]
-        source = tokens + b.to(tl.int64) * batch_stride + g.to(tl.int64) * head_stride + column
+        e = tl.arange(0, EIGHTH_PADDED)[None, :]
+        is_real = e < EIGHTH
+        source = tokens + b.to(tl.int64) * batch_stride + g.to(tl.int64) * head_stride + e
         planes = record + 128
-        mean = tl.zeros((8, EIGHTH_PADDED), tl.float32)
         if HAS_MEAN:
-            for start in tl.static_range(0, 64, AT_ONCE):
-                slot = first_slot + (token + start + tl.arange(0, AT_ONCE)) % ring
-                x = tl.load(source + slot[:, None, None].to(tl.int64) * token_stride, mask=is_real, other=0)
-                mean += tl.sum(x.to(tl.float32), 0)
-            # rounded before it is taken out: what is added back is what was taken out
-            rounded = (mean / 64).to(tl.float16)
-            at = (fh * EIGHTH)[:, None] + e[None, :]
-            tl.store((record + 128).to(tl.pointer_type(tl.float16)) + at, rounded, mask=(e < EIGHTH)[None, :])
-            mean = rounded.to(tl.float32)
+            sums = (tl.zeros((AT_ONCE, EIGHTH_PADDED), tl.float32),) * 8
+            for start in tl.range(0, 64, AT_ONCE):
+                slot = (first_slot + (token + start + tl.arange(0, AT_ONCE)) % ring)[:, None]
+                parts = _eighths(source + slot.to(tl.int64) * token_stride, is_real, EIGHTH)
+                more = ()
+                for f in tl.static_range(0, 8):
+                    more = more + (sums[f] + parts[f].to(tl.float32),)
+                sums = more
+            means = tl.reduce(sums, 0, _sum_of_8)
+            taken = ()
+            for f in tl.static_range(0, 8):
+                # rounded before it is taken out: what is added back is what was taken out
+                rounded = (means[f] / 64).to(tl.float16)[None, :]
+                tl.store((record + 128).to(tl.pointer_type(tl.float16)) + (f * EIGHTH + e), rounded, mask=is_real)
+                taken = taken + (rounded.to(tl.float32),)
             planes = record + (128 + 2 * DIM)
-        # tiles that the registers hold
-        for start in tl.static_range(0, 64, AT_ONCE):
-            n = start + tl.arange(0, AT_ONCE)
-            slot = first_slot + (token + n) % ring
-            x = tl.load(source + slot[:, None, None].to(tl.int64) * token_stride, mask=is_real, other=0)
+        for start in tl.range(0, 64, AT_ONCE):
+            row = start + tl.arange(0, AT_ONCE)
+            n = row[:, None]
+            slot = (first_slot + (token + row) % ring)[:, None]
+            parts = _eighths(source + slot.to(tl.int64) * token_stride, is_real, EIGHTH)
             if PLANES == 0:
-                tl.store(record.to(tokens.dtype) + n[:, None, None] * DIM + column, x, mask=is_real)
+                for f in tl.static_range(0, 8):
+                    tl.store(record.to(tokens.dtype) + n * DIM + (f * EIGHTH + e), parts[f], mask=is_real)
             else:
-                x = tl.where(is_real, x.to(tl.float32) - mean[None, :, :], 0.0)
-                length = tl.sqrt(tl.sum(tl.sum(x * x, 2), 1))  # [AT_ONCE]
+                x = ()
+                squares = tl.zeros((AT_ONCE, EIGHTH_PADDED), tl.float32)
+                # 0, or NaN where a coordinate is infinite or NaN
+                zeros = squares
+                for f in tl.static_range(0, 8):
+                    own = parts[f].to(tl.float32)
+                    if HAS_MEAN:
+                        own -= taken[f]
+                    squares += own * own
+                    zeros += own * 0.0
+                    x = x + (own,)
+                length = tl.sqrt(tl.sum(squares, 1))  # [AT_ONCE]
                 is_codable = (length > 0) & (length < float("inf"))
-                factor = tl.where(is_codable, root / length, 0.0)[:, None, None]
-                u = tl.where(is_codable[:, None, None], tl.abs(x) * factor, 0.0)
-                # levels: the least centroid, then each threshold and how far the centroid jumps there
-                magnitude = tl.zeros((AT_ONCE, 8, EIGHTH_PADDED), tl.int32)
-                centroid = tl.zeros((AT_ONCE, 8, EIGHTH_PADDED), tl.float32) + tl.load(levels)
-                for k in tl.static_range((1 << PLANES) - 1):
-                    is_above = u > tl.load(levels + 1 + 2 * k)
-                    magnitude += is_above.to(tl.int32)
-                    centroid += tl.where(is_above, tl.load(levels + 2 + 2 * k), 0.0)
-                product = tl.sum(tl.sum(tl.where(is_real, u * centroid, 0.0), 2), 1)
-                scale = length * (root / product)
-                scale = tl.where(length == 0, 0.0, scale)
+                factor = tl.where(is_codable, ROOT / length, 0.0)[:, None]
+                # of what is not codable all bits are 0: nothing is above a threshold, and no sign is taken
+                may_be_negative = is_codable[:, None]
+                products = tl.zeros((AT_ONCE, EIGHTH_PADDED), tl.float32)
+                first = tl.zeros((AT_ONCE, EIGHTH_PADDED), tl.int32)
+                pairs = (first, first)
+                singles = (first, first)
+                for f in tl.static_range(0, 8):
+                    # field f // 2 of byte e, or, of its other half, of byte e + D / 8
+                    u = tl.abs(x[f]) * factor
+                    bits, centroid = _magnitude(u, THRESHOLDS, CENTROIDS)
+                    products += u * centroid
+                    own = tl.where((x[f] < 0) & may_be_negative, 2 << (2 * (f // 2)), 0)
+                    own |= tl.where(bits[0], 1 << (2 * (f // 2)), 0)
+                    pairs = (pairs[0] | own, pairs[1]) if f % 2 == 0 else (pairs[0], pairs[1] | own)
+                    if PLANES > 1:
+                        one = singles[0] | tl.where(bits[1], 1 << _single_at(f // 2, f % 2), 0)
+                        other = singles[1]
+                        if PLANES > 2:
+                            other |= tl.where(bits[2], 1 << _single_at(f // 2, f % 2), 0)
+                        singles = (one, other)
+                scale = tl.where(length == 0, 0.0, length * (ROOT / tl.sum(products, 1)))
                 # a finite vector whose squares overflow must not look like a broken one, nor the reverse
-                broken = tl.sum(tl.sum((~(tl.abs(x) < float("inf"))).to(tl.int32), 2), 1) > 0
-                beyond_all = tl.where(broken, float("nan"), float("inf"))
+                beyond_all = tl.where(tl.sum(zeros, 1) == 0, float("inf"), float("nan"))
                 scale = tl.where(length < float("inf"), scale, beyond_all)
-                tl.store(record.to(tl.pointer_type(tl.float16)) + n, scale.to(tl.float16))
-
-                # what is not codable has codes 0, without a sign
-                is_negative = ((x < 0) & is_codable[:, None, None]).to(tl.int32)
-                field = (fh // 2)[None, :, None]
-                half = (fh % 2)[None, :, None]
-                two = (is_negative << 1 | (magnitude >> (PLANES - 1))) << (2 * field)
-                two = tl.where(is_real, two, 0)
-                mask = (e < EIGHTH)[None, :] & (n >= 0)[:, None]
-                row = n[:, None] * (2 * EIGHTH) + e[None, :]
-                first_half = tl.sum(tl.where(half == 0, two, 0), 1)
-                second_half = tl.sum(tl.where(half == 1, two, 0), 1)
-                tl.store(planes + row, first_half.to(tl.uint8), mask=mask)
-                tl.store(planes + row + EIGHTH, second_half.to(tl.uint8), mask=mask)
-                position = field % 2 + field // 2 * 4 + (1 - half) * 2
-                row = n[:, None] * EIGHTH + e[None, :]
-                for k in tl.static_range(PLANES - 1):
-                    one = ((magnitude >> (PLANES - 2 - k)) & 1) << position
-                    at = planes + 64 * 2 * EIGHTH + k * (64 * EIGHTH) + row
-                    tl.store(at, tl.sum(one, 1).to(tl.uint8), mask=mask)
+                tl.store(record.to(tl.pointer_type(tl.float16)) + row, scale.to(tl.float16))
+                mask = is_real & (n >= 0)
+                for half in tl.static_range(0, 2):
+                    at = planes + n * (2 * EIGHTH) + (half * EIGHTH + e)
+                    tl.store(at, pairs[half].to(tl.uint8), mask=mask)
+                for k in tl.static_range(0, PLANES - 1):
+                    at = planes + (128 * EIGHTH + k * (64 * EIGHTH)) + n * EIGHTH + e
+                    tl.store(at, singles[k].to(tl.uint8), mask=mask)
 
 
 @cache
-def _levels(bits: int, device: torch.device) -> torch.Tensor:
-    """Float32 on `device`: the least centroid, then for each threshold itself and the jump of the centroid there."""
+def _levels(bits: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Thresholds between magnitudes, and their centroids."""
     codebook = embedded_codebook(bits)
-    centroids = codebook.centroids
-    listed = [centroids[0]]
-    for k, threshold in enumerate(codebook.thresholds):
-        listed += [threshold, centroids[k + 1] - centroids[k]]
-    with torch.inference_mode(False):
-        return torch.tensor(listed, dtype=torch.float32).to(device)
+    return tuple(map(float, codebook.thresholds)), tuple(map(float, codebook.centroids))
 
 
 def encode_records(
@@ -161,7 +223,9 @@ def encode_records(
     """
     side, side_at = layout.side(index)
     dim = side.dim
+    eighth = triton.next_power_of_2(dim // 8)
     lengths, sinks, window = when_due if when_due is not None else (table, 0, 0)
+    thresholds, centroids = _levels(side.bits) if side.num_planes else ((), ())
     _encode_blocks[(blocks, layout.heads, tokens.shape[0])](
         tokens,
         tokens.stride(0),
@@ -177,16 +241,17 @@ def encode_records(
         lengths,
         sinks,
         window,
-        _levels(side.bits, tokens.device) if side.num_planes else anchor,
-        math.sqrt(dim),
+        ROOT=math.sqrt(dim),
         DIM=dim,
         EIGHTH=dim // 8,
-        EIGHTH_PADDED=triton.next_power_of_2(dim // 8),
+        EIGHTH_PADDED=eighth,
         PLANES=side.num_planes,
+        THRESHOLDS=thresholds,
+        CENTROIDS=centroids,
         HAS_MEAN=side.mean_bytes > 0,
         HEAD_BYTES=layout.head_bytes,
         SIDE_AT=side_at,
-        AT_ONCE=64 if dim <= 128 else 32,
+        AT_ONCE=min(64, 256 // eighth),
         WHEN_DUE=when_due is not None,
-        num_warps=8,
+        num_warps=4,
     )
