@@ -177,6 +177,9 @@ class _Warp:
                 self.frames[-1][name] = np.full(LANES, SHARED_AT, np.uint32)
             elif line.startswith("@") and ("prefetch" in line or "ld.global.nc.b32 x" in line):
                 pass  # changes nothing
+            elif line.startswith("@") and "st.global" in line:
+                guard, name, text = line.split(" ", 2)
+                self.store(name, _operands(text), self.read(guard[1:]).astype(bool))
             elif line.startswith("@") and "cp.async" in line:
                 guard, _, copy = line.partition(" ")
                 self.copy(_operands(copy.partition(" ")[2]), self.read(guard[1:]).astype(bool))
@@ -204,6 +207,19 @@ class _Warp:
             assert SHARED_AT <= at <= SHARED_AT + SHARED_BYTES[0] - int(size)
             COPIES.begin(self.number, int(at), bytes((ctypes.c_uint8 * int(size)).from_address(int(origin))))
 
+    def store(self, name: str, operands: Sequence[str], is_there: Array) -> None:
+        """st: a vector of 4 bytes each to shared or global memory."""
+        at, source = operands
+        words = np.stack([self.word(one) for one in source.strip("{}").split(", ")], axis=1)[is_there]
+        addresses = self.address(at)[is_there].astype(np.int64)
+        assert not (addresses % words[:1].nbytes).any()
+        for address, own in zip(addresses.tolist(), words, strict=True):
+            if "shared" in name:
+                assert SHARED_AT <= address <= SHARED_AT + SHARED_BYTES[0] - own.nbytes
+                SHARED[address : address + own.nbytes] = own.view(np.uint8)
+            else:
+                ctypes.memmove(address, np.ascontiguousarray(own).tobytes(), own.nbytes)
+
     def step(self, name: str, operands: Sequence[str]) -> None:
         """One instruction."""
         kind = name.split(".")
@@ -213,6 +229,8 @@ class _Warp:
             return COPIES.wait(self.number, int(operands[0]))
         if kind[0] == "bar":
             return None  # all threads of a warp go on together
+        if kind[0] == "st":
+            return self.store(name, operands, np.ones(LANES, bool))
         to, *arguments = operands
         if kind[0] == "mov" and to.startswith("{"):
             low, high = to.strip("{}").split(", ")

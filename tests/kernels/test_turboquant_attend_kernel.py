@@ -19,7 +19,7 @@ from turboquant.key_bias import KeyBias
 from turboquant.layout import BlockLayout, SideLayout
 from turboquant.ops.attend import attend_packed, bias_terms, kernel
 from turboquant.ops.attend.bias import bias_tables
-from turboquant.ops.attend.fragments import held_bytes, programs_and_units, triton_bytes, unit_bytes
+from turboquant.ops.attend.fragments import held_bytes, programs_and_units, triton_bytes
 from turboquant.ops.attend.kernel import _share as kernel_share
 from turboquant.ops.attend.lanes import token_of_row
 from turboquant.ops.attend.terms import bias_in_span, span_of_bias
@@ -483,13 +483,13 @@ def test_programs_fit_the_shared_memory(
     bits: int, dim: int, itemsize: int, shared: int, expected: tuple[int, int]
 ) -> None:
     side = SideLayout(bits, dim, torch.bfloat16, False)
-    unit = unit_bytes(BlockLayout(8, side, side))
+    layout = BlockLayout(8, side, side)
     own = triton_bytes(dim, itemsize)
-    programs, units = programs_and_units(3 if dim == 128 else 2, unit, own, shared << 10)
+    programs, units = programs_and_units(3 if dim == 128 else 2, layout, own, shared << 10)
     assert (programs, units) == expected
-    assert held_bytes(units, unit) % 1024 == 0
-    assert programs * (held_bytes(units, unit) + own + 1024) <= shared << 10
-    assert held_bytes(units, unit) + own <= 48 << 10
+    assert held_bytes(units, layout) % 1024 == 0
+    assert programs * (held_bytes(units, layout) + own + 1024) <= shared << 10
+    assert held_bytes(units, layout) + own <= 48 << 10
 
 
 @pytest.mark.parametrize(("base", "pairs", "fast"), [(1e6, 64, 16), (1e4, 64, 24), (1e6, 32, 8), (10.0, 64, 64)])

@@ -822,7 +822,7 @@ def _fits_fragments(packed: PackedTokens, rows: int, pairs: int, *, skips: bool)
         and pairs in PAIRS
         and not skips
         and all(side.num_planes > 0 and side.dim // 4 in QUARTERS and side.dim % 4 == 0 for side in sides)
-        and held_bytes(2, unit_bytes(packed.layout)) + _triton_bytes(packed) <= SHARED_BYTES
+        and held_bytes(2, packed.layout) + _triton_bytes(packed) <= SHARED_BYTES
     )
 
 
@@ -931,9 +931,9 @@ def attend_packed(
         terms = torch.empty(batch * groups * rows, terms_stride, dtype=torch.float32, device=device)
     tiles = -(-rows // launch.rows)
     # all programs run at once: one too many would wait for the others and double the time
-    unit, units, programs = unit_bytes(layout), 0, launch.programs
+    units, programs = 0, launch.programs
     if in_fragments:
-        programs, units = programs_and_units(programs, unit, _triton_bytes(packed), shared_memory(device))
+        programs, units = programs_and_units(programs, layout, _triton_bytes(packed), shared_memory(device))
     programs = programs * multiprocessors(device) // (batch * groups * tiles)
     splits = min(max(programs - tails, 1), -(-most_blocks // _LEAST_BLOCKS))
     if programs > tails and most_blocks > splits * _TAIL_BLOCKS:
@@ -992,9 +992,9 @@ def attend_packed(
         STAGES=launch.stages,
         IN_FRAGMENTS=in_fragments,
         BY_QUARTER=in_fragments and max(key_dim, value_dim) > 128,
-        UNIT_BYTES=unit,
+        UNIT_BYTES=unit_bytes(layout),
         UNITS=units,
-        HELD_BYTES=held_bytes(units, unit),
+        HELD_BYTES=held_bytes(units, layout),
         num_warps=FRAGMENT_WARPS if in_fragments else launch.warps,
         num_stages=launch.stages,
         **overlapping,

@@ -72,6 +72,13 @@ def _shared_loads(count: int, distance: int, width: int) -> tuple[str, str]:
     return "\n".join(lines), ",".join(["=&r"] * (count * each) + ["r"])
 
 
+def _shared_store(count: int) -> tuple[str, str]:
+    values = ", ".join(names(2, count))
+    kind, values = ("b32", values) if count == 1 else (f"v{count}.b32", f"{{{values}}}")
+    return f"st.shared.{kind} [$1], {values}; mov.b32 $0, 0;", ",".join(["=r", "r"] + ["f"] * count)
+
+
+_SHARED_STORES = tl.constexpr({(count,): _shared_store(count) for count in (1, 2, 4)})
 _COPIES = tl.constexpr({(count,): _copies(count) for count in range(1, 11)})
 _SHARED_LOADS = tl.constexpr({
     (count, distance, width): _shared_loads(count, distance, width)
@@ -117,6 +124,46 @@ def shared_words(at, COUNT: tl.constexpr, DISTANCE: tl.constexpr, BYTES: tl.cons
 
 
 @triton.jit
+def floats_to_shared(at, values, COUNT: tl.constexpr):
+    """A tuple of float32 to shared memory, side by side; COUNT 1, 2, 4 or 8, and `at` a multiple of their bytes, up to
+    16.
+    """
+    if COUNT == 8:
+        floats_to_shared(at, values[:4], 4)
+        floats_to_shared(at + 16, values[4:], 4)
+    else:
+        ASSEMBLY: tl.constexpr = piece(_SHARED_STORES, 0, COUNT)
+        CONSTRAINTS: tl.constexpr = piece(_SHARED_STORES, 1, COUNT)
+        tl.inline_asm_elementwise(ASSEMBLY, CONSTRAINTS, (at,) + values, dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def floats_from_shared(at):
+    """Four float32 of shared memory, side by side."""
+    return tl.inline_asm_elementwise(
+        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];",
+        "=f,=f,=f,=f,r",
+        [at],
+        dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def store_floats(pointer, values, mask):
+    """Four float32 side by side, in one access: four would touch every sector each."""
+    tl.inline_asm_elementwise(
+        "{.reg .pred p; setp.ne.s32 p, $2, 0; @p st.global.v4.b32 [$1], {$3, $4, $5, $6}; mov.b32 $0, 0;}",
+        "=r,l,r,f,f,f,f",
+        (pointer.to(tl.int64), mask.to(tl.int32)) + values,
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def words_at(pointer, mask, BYTES: tl.constexpr):
     """8 bytes, or 16 or 32, as a tuple of int32."""
     if BYTES == 8:
@@ -146,6 +193,22 @@ def packed(low, high):
     return tl.inline_asm_elementwise(
         "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1
     )
+
+
+@triton.jit
+def _from_neighbour(x, by):
+    """What the thread has whose number in the warp differs in the bits `by`, float32."""
+    return tl.inline_asm_elementwise(
+        "shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;", "=f,f,r", [x, by], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def sum_of_column(x):
+    """The sum of the eight threads (0, t) to (7, t)."""
+    x += _from_neighbour(x, 4)
+    x += _from_neighbour(x, 8)
+    return x + _from_neighbour(x, 16)
 
 
 @triton.jit
