@@ -175,7 +175,7 @@ class _Warp:
                 assert int(size) % 1024 == 0
                 assert int(size) + SHARED_AT <= len(SHARED)
                 self.frames[-1][name] = np.full(LANES, SHARED_AT, np.uint32)
-            elif line.startswith("@") and ("prefetch" in line or "ld.global.nc.b32 x" in line):
+            elif line.startswith("@") and "prefetch" in line:
                 pass  # changes nothing
             elif line.startswith("@") and "st.global" in line:
                 guard, name, text = line.split(" ", 2)

@@ -471,9 +471,9 @@ def test_every_block_is_in_one_share(splits: int, tails: int, fewer: int, blocks
     ("bits", "dim", "itemsize", "shared", "expected"),
     [
         (3, 128, 2, 228, (3, 4)),
-        (4, 128, 2, 228, (3, 3)),
-        (3, 128, 2, 100, (3, 2)),
-        (4, 128, 2, 100, (2, 3)),
+        (4, 128, 2, 228, (3, 4)),
+        (3, 128, 2, 100, (3, 3)),
+        (4, 128, 2, 100, (3, 2)),
         (4, 256, 2, 228, (2, 2)),
         (4, 256, 2, 100, (2, 2)),
         (4, 256, 4, 228, (2, 0)),
@@ -484,7 +484,7 @@ def test_programs_fit_the_shared_memory(
 ) -> None:
     side = SideLayout(bits, dim, torch.bfloat16, False)
     layout = BlockLayout(8, side, side)
-    own = triton_bytes(dim, itemsize)
+    own = triton_bytes(itemsize)
     programs, units = programs_and_units(3 if dim == 128 else 2, layout, own, shared << 10)
     assert (programs, units) == expected
     assert held_bytes(units, layout) % 1024 == 0

@@ -74,13 +74,11 @@ def unit_bytes(layout: BlockLayout) -> int:
     return sum(8 * (side.num_planes + 1) * (side.dim // 4) + 32 for side in (layout.key, layout.value))
 
 
-def triton_bytes(width: int, itemsize: int) -> int:
+def triton_bytes(itemsize: int) -> int:
     """Shared memory that Triton takes at most, for the tail, beside the units: as compiled by Triton 3.6 and 3.9.
 
     scripts/check_kernels.py holds the sum of both to SHARED_BYTES, not this.
     """
-    if width <= 128:
-        return 19 << 10
     return 13 << 10 if itemsize == 2 else 17 << 10
 
 
@@ -508,8 +506,7 @@ def begin_units(
     held = shared_bytes(thread, HELD_BYTES) + warp * (UNITS * UNIT_BYTES)
     for j in tl.static_range(0, UNITS - 1):
         block, token = _share_of_warp(j, first, count, warp, IN_RUNS)
-        # past the L1, as all that is read ahead of the wait for the launch before
-        entry = tl.load(entries + block, mask=0 * block + j < count, other=0, cache_modifier=".cg")
+        entry = tl.load(entries + block, mask=0 * block + j < count, other=0)
         _begin_unit(
             held + j * UNIT_BYTES,
             anchor,
@@ -528,7 +525,7 @@ def begin_units(
             UNIT_BYTES,
         )
     block, _ = _share_of_warp(UNITS - 1, first, count, warp, IN_RUNS)
-    return held, tl.load(entries + block, mask=0 * block + (UNITS - 1) < count, other=0, cache_modifier=".cg")
+    return held, tl.load(entries + block, mask=0 * block + (UNITS - 1) < count, other=0)
 
 
 @triton.jit

@@ -39,14 +39,16 @@ from turboquant.ops.attend.parts import (
     bias_of_tokens,
     by_row,
     capped,
+    columns_of_piece,
     dot,
     high_and_low,
     join_launches,
     mean_quarter,
     no_scores,
     place,
-    plain_quarter,
+    plain_piece,
     plain_quarters,
+    rotated_piece,
     rotated_quarters,
     row_factors,
     table_of_block,
@@ -54,8 +56,9 @@ from turboquant.ops.attend.parts import (
     turned,
     turned_back,
 )
+from turboquant.ops.attend.merge import MERGED_DIM, merge_few_rows
 from turboquant.ops.attend.rows import merge_rows, prepare_rows
-from turboquant.ops.attend.terms import PAIRS, load_means, store_bias_of_tail, touch_tables
+from turboquant.ops.attend.terms import PAIRS, keep_touched, load_means, store_bias_of_tail, touch_tables
 from turboquant.ops.devices import capability, is_interpreted, multiprocessors, shared_memory
 from turboquant.ops.unpack.kernel import decode_fields, load_codes
 from turboquant.ops.unpack.kernel import tables as decoder_tables
@@ -364,10 +367,8 @@ def _attend_tail(
     sinks,
     length,
     blocks,
-    q0,
-    q1,
-    q2,
-    q3,
+    q,
+    at,
     row_scale,
     bias_scale,
     constant,
@@ -390,31 +391,26 @@ def _attend_tail(
     ROWS: tl.constexpr,
     SWAP: tl.constexpr,
     ON_GPU: tl.constexpr,
-    BY_QUARTER: tl.constexpr,
+    PIECES: tl.constexpr,
 ):
     """64 slots of one head's tail, before `end_slot`: sinks, or of the ring of recent tokens behind them. key_tail,
     value_tail: of that head.
 
-    terms: [ROWS] pointers to what `store_bias_of_tail` has found for slot 0, where READS_TERMS. BY_QUARTER: one after
-    the other, in a quarter of the shared memory.
+    q: rotated queries, of which rows `at`. terms: [ROWS] pointers to what `store_bias_of_tail` has found for slot 0,
+    where READS_TERMS. PIECES: 1, or 4, which take a quarter of the shared memory. Returns tops, masses, and sums by
+    piece.
     """
     slot = first_slot + tl.arange(0, 64)
     token, in_ring = token_of(slot, slots, sinks, length)
     is_recent = (slot >= sinks) & (slot < tl.where(length > sinks, slots, 0)) & (in_ring >= 64 * blocks)
     is_held = (((slot < sinks) & (slot < length)) | is_recent) & (slot < end_slot)
     s = no_scores(ROWS, SWAP)
-    if BY_QUARTER:
-        queries = (q0, q1, q2, q3)
-        for f in tl.static_range(0, 4):
-            keys = plain_quarter(key_tail, KEY_DIM, slot, is_held, KEY_QUARTER, KEY_QUARTER_PADDED, f)
-            s = add_scores_dense(s, queries[f], keys, SWAP, ON_GPU)
+    for piece in tl.static_range(0, PIECES):
+        queries = rotated_piece(q, at, is_row, KEY_QUARTER_PADDED, piece, PIECES)
+        keys = plain_piece(key_tail, KEY_DIM, slot, is_held, KEY_QUARTER, KEY_QUARTER_PADDED, piece, PIECES)
+        s = add_scores_dense(s, queries, keys, SWAP, ON_GPU)
+        if PIECES > 1:
             tl.debug_barrier()
-    else:
-        k0, k1, k2, k3 = plain_quarters(key_tail, KEY_DIM, slot, is_held, KEY_QUARTER, KEY_QUARTER_PADDED)
-        s = add_scores_dense(s, q0, k0, SWAP, ON_GPU)
-        s = add_scores_dense(s, q1, k1, SWAP, ON_GPU)
-        s = add_scores_dense(s, q2, k2, SWAP, ON_GPU)
-        s = add_scores_dense(s, q3, k3, SWAP, ON_GPU)
     s = by_row(s, SWAP) * row_scale[:, None]
     if HAS_BIAS:
         if READS_TERMS:
@@ -430,39 +426,38 @@ def _attend_tail(
     weights = tl.exp2(s - top[:, None])
     mass = tl.sum(weights, 1)
     weights = weights.to(value_tail.dtype.element_ty)
-    none = tl.zeros((ROWS, VALUE_QUARTER_PADDED), tl.float32)
+    none = tl.zeros((ROWS, 4 * VALUE_QUARTER_PADDED // PIECES), tl.float32)
     sums = ()
-    if BY_QUARTER:
-        for f in tl.static_range(0, 4):
-            values = plain_quarter(value_tail, VALUE_DIM, slot, is_held, VALUE_QUARTER, VALUE_QUARTER_PADDED, f)
-            sums = sums + (dot(weights, values, none, ON_GPU),)
+    for piece in tl.static_range(0, PIECES):
+        values = plain_piece(value_tail, VALUE_DIM, slot, is_held, VALUE_QUARTER, VALUE_QUARTER_PADDED, piece, PIECES)
+        sums = sums + (dot(weights, values, none, ON_GPU),)
+        if PIECES > 1:
             tl.debug_barrier()
-    else:
-        v0, v1, v2, v3 = plain_quarters(value_tail, VALUE_DIM, slot, is_held, VALUE_QUARTER, VALUE_QUARTER_PADDED)
-        sums = (
-            dot(weights, v0, none, ON_GPU),
-            dot(weights, v1, none, ON_GPU),
-            dot(weights, v2, none, ON_GPU),
-            dot(weights, v3, none, ON_GPU),
-        )
     return (top, mass) + sums
 
 
 @triton.jit
-def _store_part(to, acc, is_row, DIM: tl.constexpr, QUARTER: tl.constexpr, f: tl.constexpr):
-    """Quarter f of the weighted sums of the rows `to`."""
-    j = tl.arange(0, acc.shape[1])
-    tl.store(to[:, None] + (f * QUARTER + j)[None, :], acc, mask=is_row[:, None] & (j < QUARTER)[None, :])
-
-
-@triton.jit
-def _store_parts(out_top, out_mass, out_acc, to, is_row, found, VALUE_DIM: tl.constexpr, VALUE_QUARTER: tl.constexpr):
-    """What `_attend_blocks` or `_attend_tail` has found, at the rows `to`."""
+def _store_parts(
+    out_top,
+    out_mass,
+    out_acc,
+    to,
+    is_row,
+    found,
+    VALUE_DIM: tl.constexpr,
+    VALUE_QUARTER: tl.constexpr,
+    VALUE_QUARTER_PADDED: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    """What `_attend_blocks` or `_attend_tail` has found, its sums in so many pieces, at the rows `to`."""
     tl.store(out_top + to, found[0], mask=is_row)
     tl.store(out_mass + to, found[1], mask=is_row)
     parts = out_acc + to * VALUE_DIM
-    for f in tl.static_range(0, 4):
-        _store_part(parts, found[2 + f], is_row, VALUE_DIM, VALUE_QUARTER, f)
+    for piece in tl.static_range(0, PIECES):
+        column, is_real = columns_of_piece(VALUE_QUARTER, VALUE_QUARTER_PADDED, piece, PIECES)
+        tl.store(
+            parts[:, None] + column[None, :], found[2 + piece], mask=is_row[:, None] & is_real[None, :]
+        )
 
 
 # A kernel for every value of these would be compiled in the middle of a generation.
@@ -540,7 +535,7 @@ def _attend_split(
     ON_GPU: tl.constexpr,
     STAGES: tl.constexpr,
     IN_FRAGMENTS: tl.constexpr,
-    BY_QUARTER: tl.constexpr,
+    TAIL_PIECES: tl.constexpr,
     UNIT_BYTES: tl.constexpr,
     UNITS: tl.constexpr,
     HELD_BYTES: tl.constexpr,
@@ -552,16 +547,20 @@ def _attend_split(
     more programs, or, where all programs take blocks, of those that get fewer. The weight of a token is its value's
     scale times exp(score); the top is that of the weights.
     """
+    # the launch before is short: most of what follows waits for memory, and waits together when all is asked for at once
+    join_launches(OVERLAPS)
     split = tl.program_id(0)
     bg = tl.program_id(1)
     b = bg // groups
     rows = heads_per_group * tokens
+    if IN_FRAGMENTS and HAS_BIAS:
+        own_rows = coefficients + bg.to(tl.int64) * rows * (2 * PAIRS_PADDED)
+        touched = touch_tables(frequencies, bias_table, bias_series, own_rows, rows, PAIRS_PADDED, FAST)
     r = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     is_row = r < rows
     at = bg.to(tl.int64) * rows + r
-    # past the L1: what an earlier launch has changed is read before the wait
-    length = tl.load(lengths + b, cache_modifier=".cg")
-    blocks = tl.maximum(tl.load(coded + b, cache_modifier=".cg"), (length - sinks - window) // 64)
+    length = tl.load(lengths + b)
+    blocks = tl.maximum(tl.load(coded + b), (length - sinks - window) // 64)
     ring_tails = (slots - sinks + 63) // 64
     tails = ring_tails + (sinks + 63) // 64
     tail = split - (tl.num_programs(0) - tails)
@@ -576,7 +575,6 @@ def _attend_split(
     entries = table + b.to(tl.int64) * table_stride
     KEYS_AT: tl.constexpr = 128 + (2 * KEY_DIM if HAS_MEANS else 0)
     if IN_FRAGMENTS:
-        # ahead of the wait: no launch of this call writes them
         begun = begin_units(
             anchor,
             entries,
@@ -616,9 +614,7 @@ def _attend_split(
             ask_for_tail(key_tail + bg.to(tl.int64) * slots * KEY_DIM, first_slot, end_slot, KEY_DIM)
             ask_for_tail(value_tail + bg.to(tl.int64) * slots * VALUE_DIM, first_slot, end_slot, VALUE_DIM)
         if HAS_BIAS:
-            touch_tables(frequencies, bias_table, bias_series, PAIRS_PADDED, FAST)
-    join_launches(OVERLAPS)
-    if IN_FRAGMENTS:
+            keep_touched(touched, frequencies)
         # of thread (g, t) row g, then rows 2 t and 2 t + 1, see `attend_fragments`
         thread = tl.arange(0, 32 * 4)
         first_row = bg.to(tl.int64) * rows
@@ -740,7 +736,18 @@ def _attend_split(
                 ON_GPU,
                 STAGES,
             )
-            _store_parts(out_top, out_mass, out_acc, to_part + r, is_row, found, VALUE_DIM, VALUE_QUARTER)
+            _store_parts(
+                out_top,
+                out_mass,
+                out_acc,
+                to_part + r,
+                is_row,
+                found,
+                VALUE_DIM,
+                VALUE_QUARTER,
+                VALUE_QUARTER_PADDED,
+                4,
+            )
     if tail >= 0:
         if IN_FRAGMENTS and HAS_BIAS:
             store_bias_of_tail(
@@ -761,7 +768,6 @@ def _attend_split(
                 FAST,
             )
             tl.debug_barrier()  # other threads read what these have stored
-        q0, q1, q2, q3 = rotated_quarters(q, at, is_row, KEY_QUARTER_PADDED)
         found = _attend_tail(
             key_tail + bg.to(tl.int64) * slots * KEY_DIM,
             value_tail + bg.to(tl.int64) * slots * VALUE_DIM,
@@ -771,10 +777,8 @@ def _attend_split(
             sinks,
             length,
             blocks,
-            q0,
-            q1,
-            q2,
-            q3,
+            q,
+            at,
             row_scale,
             bias_scale,
             constant,
@@ -797,10 +801,19 @@ def _attend_split(
             ROWS,
             SWAP,
             ON_GPU,
-            BY_QUARTER,
+            TAIL_PIECES,
         )
         _store_parts(
-            out_top, out_mass, out_acc, to + (splits + tail) * rows + r, is_row, found, VALUE_DIM, VALUE_QUARTER
+            out_top,
+            out_mass,
+            out_acc,
+            to + (splits + tail) * rows + r,
+            is_row,
+            found,
+            VALUE_DIM,
+            VALUE_QUARTER,
+            VALUE_QUARTER_PADDED,
+            TAIL_PIECES,
         )
 
 
@@ -822,12 +835,15 @@ def _fits_fragments(packed: PackedTokens, rows: int, pairs: int, *, skips: bool)
         and pairs in PAIRS
         and not skips
         and all(side.num_planes > 0 and side.dim // 4 in QUARTERS and side.dim % 4 == 0 for side in sides)
-        and held_bytes(2, packed.layout) + _triton_bytes(packed) <= SHARED_BYTES
+        and held_bytes(2, packed.layout) + triton_bytes(packed.key_tail.dtype.itemsize) <= SHARED_BYTES
     )
 
 
-def _triton_bytes(packed: PackedTokens) -> int:
-    return triton_bytes(max(packed.layout.key.dim, packed.layout.value.dim), packed.key_tail.dtype.itemsize)
+def _tail_pieces(quarter: int) -> int:
+    """Of at least 64 coordinates: one takes the registers and the shared memory that the other parts of a program leave,
+    and many take long, as each waits for the one before.
+    """
+    return max(1, 4 * quarter // 64)
 
 
 def _padded_quarter(dim: int) -> int:
@@ -933,7 +949,7 @@ def attend_packed(
     # all programs run at once: one too many would wait for the others and double the time
     units, programs = 0, launch.programs
     if in_fragments:
-        programs, units = programs_and_units(programs, layout, _triton_bytes(packed), shared_memory(device))
+        programs, units = programs_and_units(programs, layout, triton_bytes(packed.key_tail.dtype.itemsize), shared_memory(device))
     programs = programs * multiprocessors(device) // (batch * groups * tiles)
     splits = min(max(programs - tails, 1), -(-most_blocks // _LEAST_BLOCKS))
     if programs > tails and most_blocks > splits * _TAIL_BLOCKS:
@@ -991,7 +1007,7 @@ def attend_packed(
         **sides,
         STAGES=launch.stages,
         IN_FRAGMENTS=in_fragments,
-        BY_QUARTER=in_fragments and max(key_dim, value_dim) > 128,
+        TAIL_PIECES=_tail_pieces(max(key_quarter, value_quarter)),
         UNIT_BYTES=unit_bytes(layout),
         UNITS=units,
         HELD_BYTES=held_bytes(units, layout),
@@ -1001,7 +1017,7 @@ def attend_packed(
         **({"maxnreg": launch.registers} if launch.registers else {}),
     )
     out = torch.empty(batch, tokens, heads, value_dim, dtype=q.dtype, device=device)
-    merge_rows[(rows, batch * groups, -(-value_dim // _CHUNK))](
+    to_merge = (
         top,
         mass,
         acc,
@@ -1015,12 +1031,25 @@ def attend_packed(
         heads_per_group,
         tokens,
         parts,
-        DIM=value_dim,
-        DIM_PADDED=triton.next_power_of_2(value_dim),
-        HAS_SINK_LOGITS=sink_logits is not None,
-        CHUNK=_CHUNK,
-        TILE=64 if value_dim <= 128 else 32,
-        num_warps=8,
-        **overlapping,
     )
+    if in_fragments and value_dim <= MERGED_DIM:
+        merge_few_rows[(rows, batch * groups, 2)](
+            *to_merge,
+            DIM=value_dim,
+            HAS_SINK_LOGITS=sink_logits is not None,
+            num_warps=value_dim // 8,
+            maxnreg=64,  # beside programs of the launch before
+            **overlapping,
+        )
+    else:
+        merge_rows[(rows, batch * groups, -(-value_dim // _CHUNK))](
+            *to_merge,
+            DIM=value_dim,
+            DIM_PADDED=triton.next_power_of_2(value_dim),
+            HAS_SINK_LOGITS=sink_logits is not None,
+            CHUNK=_CHUNK,
+            TILE=64 if value_dim <= 128 else 32,
+            num_warps=8,
+            **overlapping,
+        )
     return out.transpose(1, 2)

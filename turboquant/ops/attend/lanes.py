@@ -212,6 +212,22 @@ def sum_of_column(x):
 
 
 @triton.jit
+def sum_of_warp(x):
+    """The sum of all 32 threads."""
+    x += _from_neighbour(x, 1)
+    x += _from_neighbour(x, 2)
+    return sum_of_column(x)
+
+
+@triton.jit
+def most_of_warp(x):
+    """The largest of all 32 threads."""
+    for i in tl.static_range(0, 5):
+        x = tl.maximum(x, _from_neighbour(x, 1 << i))
+    return x
+
+
+@triton.jit
 def from_thread(x, lane):
     """What a thread of the warp has, float32, by its number."""
     return tl.inline_asm_elementwise(

@@ -69,9 +69,26 @@ def capped(s, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _rotated_quarter(q, at, is_row, QUARTER_PADDED: tl.constexpr, f: tl.constexpr):
-    """Quarter f of the rotated queries [R, QUARTER_PADDED] float32."""
-    j = f * QUARTER_PADDED + tl.arange(0, QUARTER_PADDED)
+def columns_of_piece(QUARTER: tl.constexpr, QUARTER_PADDED: tl.constexpr, piece: tl.constexpr, PIECES: tl.constexpr):
+    """The coordinates of a piece of a head whose quarters are padded, and which of them are any; PIECES 1 or 4."""
+    WIDTH: tl.constexpr = 4 * QUARTER_PADDED // PIECES
+    p = tl.arange(0, WIDTH)
+    if QUARTER == QUARTER_PADDED:
+        column = piece * WIDTH + p
+        is_real = p >= 0
+    else:
+        column = (piece * WIDTH + p) // QUARTER_PADDED * QUARTER + p % QUARTER_PADDED
+        is_real = p % QUARTER_PADDED < QUARTER
+    return column, is_real
+
+
+@triton.jit
+def rotated_piece(
+    q, at, is_row, QUARTER_PADDED: tl.constexpr, piece: tl.constexpr, PIECES: tl.constexpr
+):
+    """A piece of the rotated queries of rows `at`, [R, 4 QUARTER_PADDED / PIECES] float32."""
+    WIDTH: tl.constexpr = 4 * QUARTER_PADDED // PIECES
+    j = piece * WIDTH + tl.arange(0, WIDTH)
     return tl.load(q + at[:, None] * (4 * QUARTER_PADDED) + j[None, :], mask=is_row[:, None], other=0)
 
 
@@ -79,10 +96,10 @@ def _rotated_quarter(q, at, is_row, QUARTER_PADDED: tl.constexpr, f: tl.constexp
 def rotated_quarters(q, at, is_row, QUARTER_PADDED: tl.constexpr):
     """The rotated queries of rows `at` as four tensors [R, QUARTER_PADDED] float32."""
     return (
-        _rotated_quarter(q, at, is_row, QUARTER_PADDED, 0),
-        _rotated_quarter(q, at, is_row, QUARTER_PADDED, 1),
-        _rotated_quarter(q, at, is_row, QUARTER_PADDED, 2),
-        _rotated_quarter(q, at, is_row, QUARTER_PADDED, 3),
+        rotated_piece(q, at, is_row, QUARTER_PADDED, 0, 4),
+        rotated_piece(q, at, is_row, QUARTER_PADDED, 1, 4),
+        rotated_piece(q, at, is_row, QUARTER_PADDED, 2, 4),
+        rotated_piece(q, at, is_row, QUARTER_PADDED, 3, 4),
     )
 
 
@@ -101,21 +118,30 @@ def row_factors(factor, at, is_row, scale, bias_scaling, HAS_BIAS: tl.constexpr,
 
 
 @triton.jit
-def plain_quarter(base, row_stride, n, is_held, QUARTER: tl.constexpr, QUARTER_PADDED: tl.constexpr, f: tl.constexpr):
-    """Quarter f of 64 vectors of the model's dtype, [64, QUARTER_PADDED]."""
-    j = tl.arange(0, QUARTER_PADDED)
-    at = base + n[:, None] * row_stride + (f * QUARTER + j)[None, :]
-    return tl.load(at, mask=is_held[:, None] & (j < QUARTER)[None, :], other=0)
+def plain_piece(
+    base,
+    row_stride,
+    n,
+    is_held,
+    QUARTER: tl.constexpr,
+    QUARTER_PADDED: tl.constexpr,
+    piece: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    """A piece of 64 vectors of the model's dtype, [64, 4 QUARTER_PADDED / PIECES]."""
+    column, is_real = columns_of_piece(QUARTER, QUARTER_PADDED, piece, PIECES)
+    at = base + n[:, None] * row_stride + column[None, :]
+    return tl.load(at, mask=is_held[:, None] & is_real[None, :], other=0)
 
 
 @triton.jit
 def plain_quarters(base, row_stride, n, is_held, QUARTER: tl.constexpr, QUARTER_PADDED: tl.constexpr):
     """64 vectors of the model's dtype as four tensors [64, QUARTER_PADDED]."""
     return (
-        plain_quarter(base, row_stride, n, is_held, QUARTER, QUARTER_PADDED, 0),
-        plain_quarter(base, row_stride, n, is_held, QUARTER, QUARTER_PADDED, 1),
-        plain_quarter(base, row_stride, n, is_held, QUARTER, QUARTER_PADDED, 2),
-        plain_quarter(base, row_stride, n, is_held, QUARTER, QUARTER_PADDED, 3),
+        plain_piece(base, row_stride, n, is_held, QUARTER, QUARTER_PADDED, 0, 4),
+        plain_piece(base, row_stride, n, is_held, QUARTER, QUARTER_PADDED, 1, 4),
+        plain_piece(base, row_stride, n, is_held, QUARTER, QUARTER_PADDED, 2, 4),
+        plain_piece(base, row_stride, n, is_held, QUARTER, QUARTER_PADDED, 3, 4),
     )
 
 

@@ -137,10 +137,9 @@ def load_means(
     thread = tl.arange(0, 32 * 4)
     column = start + thread // 32 * 8 + thread % 32 // 4
     is_there = column < last
-    # past the L1, as all that is read ahead of the wait for the launch before
     record, _, _, _ = place(
         anchor,
-        tl.load(entries + column, mask=is_there, other=0, cache_modifier=".cg"),
+        tl.load(entries + column, mask=is_there, other=0),
         head,
         KEY_BYTES,
         VALUE_BYTES,
@@ -154,7 +153,7 @@ def load_means(
     words = ()
     for k in tl.static_range(0, KEY_DIM // 16):
         own = (mean + 32 * k).to(tl.pointer_type(tl.int64))
-        both = tl.load(own, mask=is_there, other=0, cache_modifier=".cg")
+        both = tl.load(own, mask=is_there, other=0)
         words = words + (both.to(tl.int32), (both >> 32).to(tl.int32))
     return words
 
@@ -222,37 +221,39 @@ def store_means(
 
 @triton.jit
 def _touch(pointer, is_wanted):
-    """Have the L1 read a line of what never changes. A load whose result nothing depends on would be dropped."""
+    """Have the L1 read a line; a word of it, for `keep_touched`."""
+    return tl.load(pointer.to(tl.pointer_type(tl.int32)), mask=is_wanted, other=0)
+
+
+@triton.jit
+def touch_tables(
+    frequencies, spans, series, coefficients, rows, PAIRS_PADDED: tl.constexpr, FAST: tl.constexpr
+):
+    """Have the L1 read what the bias of the first tokens is made of, in lines of 128 bytes: the coefficients of `rows`
+    query rows, the tables, and of `spans` what 64 tokens take.
+    """
+    thread = tl.arange(0, 32 * 4)
+    line = thread % 64
+    PRODUCTS: tl.constexpr = FAST // 8 + 1
+    part = tl.where(thread < 64, 0, HALF_SPAN // 8 * 256 * PRODUCTS)  # the low parts lie behind the high ones
+    found = _touch(spans + part + line * 64, line < min(16 * PRODUCTS, 64))
+    # both parts of the series, at most 64 lines; frequencies, at most 4, and at most 32 of coefficients
+    found ^= _touch(series + line * 64, (thread < 64) & (line < (PAIRS_PADDED - FAST) // 8 * 8))
+    found ^= _touch(frequencies + (line - 32) * 16, (thread >= 96) & (line - 32 < PAIRS_PADDED // 16))
+    return found ^ _touch(coefficients + line * 32, (thread >= 64) & (line < rows * (PAIRS_PADDED // 16)))
+
+
+@triton.jit
+def keep_touched(found, pointer):
+    """Makes the compiler believe that what was touched is needed: it would drop the loads."""
     tl.inline_asm_elementwise(
-        """{.reg .pred p; .reg .b32 x; setp.ne.s32 p, $2, 0; mov.b32 x, 0;
-        @p ld.global.nc.b32 x, [$1];
-        setp.eq.u32 p, x, 0x7fc1a5a5; @p prefetch.global.L2 [$1]; mov.b32 $0, 0;}""",
-        "=r,l,r",
-        [pointer.to(tl.int64), is_wanted.to(tl.int32)],
+        "{.reg .pred p; setp.eq.u32 p, $1, 0x7fc1a5a5; @p prefetch.global.L2 [$2]; mov.b32 $0, 0;}",
+        "=r,r,l",
+        [found, pointer.to(tl.int64)],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
     )
-
-
-@triton.jit
-def touch_tables(frequencies, spans, series, PAIRS_PADDED: tl.constexpr, FAST: tl.constexpr):
-    """Have the L1 read what the bias of the first tokens is made of, ahead of the wait for the launch before: of
-    `spans` what 64 tokens take, in lines of 128 bytes.
-    """
-    thread = tl.arange(0, 32 * 4)
-    PRODUCTS: tl.constexpr = FAST // 8 + 1
-    LINES: tl.constexpr = min(16 * PRODUCTS, 64)
-    part = tl.where(thread < 64, 0, HALF_SPAN // 8 * 256 * PRODUCTS)  # the low parts lie behind the high ones
-    _touch((spans + part + thread % 64 * 64).to(tl.pointer_type(tl.int32)), thread % 64 < LINES)
-    # both parts of the series, at most 64 lines, and frequencies
-    SERIES: tl.constexpr = (PAIRS_PADDED - FAST) // 8 * 8
-    line = thread % 64 * 32
-    is_series = thread < 64
-    source = tl.where(
-        is_series, series.to(tl.pointer_type(tl.int32)) + line, frequencies.to(tl.pointer_type(tl.int32)) + line
-    )
-    _touch(source, thread % 64 < tl.where(is_series, SERIES, PAIRS_PADDED // 16))
 
 
 @triton.jit
