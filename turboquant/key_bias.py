@@ -48,8 +48,8 @@ class KeyBias:
 
     @property
     def table_nbytes(self) -> int:
-        """Bytes of what the kernels read besides the bias (ops/attend/bias.py)."""
-        return sum(tensor.nbytes for tensor in bias_tables(self.inverse_frequencies).tensors)
+        """Bytes of what the kernels read besides the bias (ops/attend/bias.py): tables, and a length for each head."""
+        return sum(tensor.nbytes for tensor in bias_tables(self.inverse_frequencies).tensors) + 4 * self.bias.shape[0]
 
     def to(self, device: torch.device) -> "KeyBias":
         """The same bias on `device`."""

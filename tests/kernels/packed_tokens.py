@@ -35,6 +35,7 @@ class Case:
     window: int = 128
     rotation: str = "hadamard"
     value_scale: float = 1.0
+    query_scale: float = 1.0
     is_aged: bool = False  # older blocks have fewer planes
     seed: int = 0
 
@@ -185,6 +186,6 @@ def make_layer(case: Case, device: str = "cpu") -> Layer:
         case.window,
     )
     rotations = (make_rotation(case.rotation, case.key_dim, 5), make_rotation(case.rotation, case.width, 6))
-    q = normal(batch, heads, case.queries, case.key_dim).to(case.dtype).to(device)
+    q = (normal(batch, heads, case.queries, case.key_dim) * case.query_scale).to(case.dtype).to(device)
     logits = normal(heads).to(device) if case.has_sink_logits else None
     return Layer(case, packed, rotations, key_bias, everything, placed, logits, q)

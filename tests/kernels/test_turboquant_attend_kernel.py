@@ -22,6 +22,7 @@ from turboquant.ops.attend.bias import bias_tables
 from turboquant.ops.attend.fragments import held_bytes, programs_and_units, triton_bytes
 from turboquant.ops.attend.kernel import _share as kernel_share
 from turboquant.ops.attend.lanes import token_of_row
+from turboquant.ops.attend.merge import merge_few_rows
 from turboquant.ops.attend.terms import bias_in_span, span_of_bias
 from turboquant.policy import Precision
 from turboquant.store import StoreOptions
@@ -162,6 +163,9 @@ FRAGMENTS: list[dict[str, Any]] = [
     {"window": 0, "sinks": 0, "queries": 8, "heads_per_group": 1, "lengths": (128,)},  # queries within a block
     {"has_bias": True, "rotary_dim": 64, "softcap": 20.0},  # a constant on all tokens shows through a cap alone
     {"is_aged": True, "lengths": (700,)},
+    # few tokens have all the weight: tops move by less than a weight may pass them, and by more than float16 holds
+    {"query_scale": 4.0, "lengths": (700,), "heads_per_group": 8},
+    {"query_scale": 10.0, "lengths": (1000,), "heads_per_group": 8, "dtype": torch.bfloat16, "value_dim": 64},
     {"key_bits": 4, "value_bits": 4},
     {"key_dim": 256, "value_dim": 256, "dtype": torch.bfloat16, "key_bits": 4, "value_bits": 4},
     {"key_dim": 256, "value_dim": 256, "key_bits": 4, "value_bits": 4},  # units that do not fit
@@ -174,7 +178,6 @@ FRAGMENTS: list[dict[str, Any]] = [
 def emulated_assembly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Within this, the interpreter runs the kernels that are written in assembly."""
     monkeypatch.setattr(kernel, "RUNS_ASSEMBLY", True)
-    monkeypatch.setattr(kernel, "_WIDEST_IN_FRAGMENTS", 256)
     yield from emulated(monkeypatch)
 
 
@@ -232,10 +235,66 @@ def test_programs_of_the_tail_take_blocks_without_fragments(monkeypatch: pytest.
 @pytest.mark.parametrize("processors", [None, 16])
 @pytest.mark.parametrize("case", FRAGMENTS, ids=name_of)
 def test_fragments_on_a_gpu(case: dict[str, Any], processors: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "_WIDEST_IN_FRAGMENTS", 256)
     if processors is not None:
         monkeypatch.setattr(kernel, "multiprocessors", lambda device: processors)
     check(Case(**({"groups": 2, "dtype": torch.float32} | case | {"lengths": (9000, 0, 3001)})), "cuda")
+
+
+def check_joined(parts: int, dim: int, has_sink_logits: bool, device: str) -> None:
+    groups, heads_per_group, tokens = 2, 3, 2
+    rows = heads_per_group * tokens
+    draw = torch.Generator().manual_seed(parts)
+    # parts of few tokens beside parts that outweigh them, and some without any
+    top = 20 * torch.randn(groups, parts, rows, generator=draw)
+    mass = torch.rand(groups, parts, rows, generator=draw)
+    acc = mass[..., None] * torch.randn(groups, parts, rows, dim, generator=draw)
+    is_empty = torch.rand(groups, parts, rows, generator=draw) < 0.2
+    is_empty[1, :, 4] = True
+    top[is_empty], mass[is_empty], acc[is_empty] = -1e30, 0.0, 0.0
+    matrix = torch.linalg.qr(torch.randn(dim, dim, generator=draw))[0].contiguous()
+    logits = torch.randn(groups * heads_per_group, generator=draw)
+    out = torch.empty(1, tokens, groups * heads_per_group, dim, device=device)
+    merge_few_rows[(rows, groups, 2)](
+        top.to(device),
+        mass.to(device),
+        acc.to(device),
+        matrix.to(device),
+        logits.to(device),
+        out,
+        out.stride(0),
+        out.stride(2),
+        out.stride(1),
+        groups,
+        heads_per_group,
+        tokens,
+        parts,
+        DIM=dim,
+        HAS_SINK_LOGITS=has_sink_logits,
+        OVERLAPS=False,
+        num_warps=dim // 8,
+    )
+    weights = torch.exp2(top.double())  # [G, parts, rows]
+    total = (weights * mass).sum(1)
+    if has_sink_logits:
+        total += logits.double().exp().view(groups, heads_per_group, 1).expand(-1, -1, tokens).flatten(1)
+    joined = (weights[..., None] * acc).sum(1) / total.clamp_min(1e-300)[..., None]
+    expected = (joined @ matrix.double()).unflatten(1, (heads_per_group, tokens)).flatten(0, 1).transpose(0, 1)
+    torch.testing.assert_close(out[0].cpu().double(), expected, rtol=2e-5, atol=2e-5)
+
+
+JOINED = [(1, 128, False), (64, 128, True), (65, 64, False), (150, 64, True)]
+
+
+@pytest.mark.usefixtures("emulated_assembly")
+@pytest.mark.parametrize(("parts", "dim", "has_sink_logits"), JOINED)
+def test_parts_are_joined(parts: int, dim: int, has_sink_logits: bool) -> None:
+    check_joined(parts, dim, has_sink_logits, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("parts", "dim", "has_sink_logits"), JOINED)
+def test_parts_are_joined_on_a_gpu(parts: int, dim: int, has_sink_logits: bool) -> None:
+    check_joined(parts, dim, has_sink_logits, "cuda")
 
 
 @pytest.mark.gpu
@@ -471,8 +530,8 @@ def test_every_block_is_in_one_share(splits: int, tails: int, fewer: int, blocks
     ("bits", "dim", "itemsize", "shared", "expected"),
     [
         (3, 128, 2, 228, (3, 4)),
-        (4, 128, 2, 228, (3, 4)),
-        (3, 128, 2, 100, (3, 3)),
+        (4, 128, 2, 228, (3, 3)),
+        (3, 128, 2, 100, (3, 2)),
         (4, 128, 2, 100, (3, 2)),
         (4, 256, 2, 228, (2, 2)),
         (4, 256, 2, 100, (2, 2)),

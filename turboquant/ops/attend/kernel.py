@@ -32,6 +32,7 @@ from turboquant.ops.attend.fragments import (
 )
 from turboquant.ops.attend.fragments import ROWS as FRAGMENT_ROWS
 from turboquant.ops.attend.fragments import WARPS as FRAGMENT_WARPS
+from turboquant.ops.attend.merge import MERGED_DIM, merge_few_rows
 from turboquant.ops.attend.parts import (
     add_scores,
     add_scores_dense,
@@ -56,7 +57,6 @@ from turboquant.ops.attend.parts import (
     turned,
     turned_back,
 )
-from turboquant.ops.attend.merge import MERGED_DIM, merge_few_rows
 from turboquant.ops.attend.rows import merge_rows, prepare_rows
 from turboquant.ops.attend.terms import PAIRS, keep_touched, load_means, store_bias_of_tail, touch_tables
 from turboquant.ops.devices import capability, is_interpreted, multiprocessors, shared_memory
@@ -101,10 +101,6 @@ _LAUNCHES: dict[int, list[tuple[int, int, Launch]]] = {
 
 # Triton's interpreter does not run assembly; a test that makes it do so sets this.
 RUNS_ASSEMBLY = not is_interpreted()
-
-# Widest head whose blocks are read in fragments: with wider ones no GPU has run that since blocks come through shared
-# memory (tests set 256).
-_WIDEST_IN_FRAGMENTS = 128
 
 # From this compute capability on a launch can begin while the one before it ends.
 _OVERLAPS_FROM = 90
@@ -455,9 +451,7 @@ def _store_parts(
     parts = out_acc + to * VALUE_DIM
     for piece in tl.static_range(0, PIECES):
         column, is_real = columns_of_piece(VALUE_QUARTER, VALUE_QUARTER_PADDED, piece, PIECES)
-        tl.store(
-            parts[:, None] + column[None, :], found[2 + piece], mask=is_row[:, None] & is_real[None, :]
-        )
+        tl.store(parts[:, None] + column[None, :], found[2 + piece], mask=is_row[:, None] & is_real[None, :])
 
 
 # A kernel for every value of these would be compiled in the middle of a generation.
@@ -547,7 +541,7 @@ def _attend_split(
     more programs, or, where all programs take blocks, of those that get fewer. The weight of a token is its value's
     scale times exp(score); the top is that of the weights.
     """
-    # the launch before is short: most of what follows waits for memory, and waits together when all is asked for at once
+    # first of all: the launch before is short, and what follows waits for memory, which is asked for at once
     join_launches(OVERLAPS)
     split = tl.program_id(0)
     bg = tl.program_id(1)
@@ -831,7 +825,6 @@ def _fits_fragments(packed: PackedTokens, rows: int, pairs: int, *, skips: bool)
     return (
         RUNS_ASSEMBLY
         and rows <= FRAGMENT_ROWS
-        and max(side.dim for side in sides) <= _WIDEST_IN_FRAGMENTS
         and pairs in PAIRS
         and not skips
         and all(side.num_planes > 0 and side.dim // 4 in QUARTERS and side.dim % 4 == 0 for side in sides)
@@ -840,8 +833,8 @@ def _fits_fragments(packed: PackedTokens, rows: int, pairs: int, *, skips: bool)
 
 
 def _tail_pieces(quarter: int) -> int:
-    """Of at least 64 coordinates: one takes the registers and the shared memory that the other parts of a program leave,
-    and many take long, as each waits for the one before.
+    """In how many the tail is multiplied, of 64 coordinates each: more at once take more shared memory than the blocks
+    leave, and each waits for the one before.
     """
     return max(1, 4 * quarter // 64)
 
@@ -949,7 +942,9 @@ def attend_packed(
     # all programs run at once: one too many would wait for the others and double the time
     units, programs = 0, launch.programs
     if in_fragments:
-        programs, units = programs_and_units(programs, layout, triton_bytes(packed.key_tail.dtype.itemsize), shared_memory(device))
+        programs, units = programs_and_units(
+            programs, layout, triton_bytes(packed.key_tail.dtype.itemsize), shared_memory(device)
+        )
     programs = programs * multiprocessors(device) // (batch * groups * tiles)
     splits = min(max(programs - tails, 1), -(-most_blocks // _LEAST_BLOCKS))
     if programs > tails and most_blocks > splits * _TAIL_BLOCKS:

@@ -83,9 +83,7 @@ def columns_of_piece(QUARTER: tl.constexpr, QUARTER_PADDED: tl.constexpr, piece:
 
 
 @triton.jit
-def rotated_piece(
-    q, at, is_row, QUARTER_PADDED: tl.constexpr, piece: tl.constexpr, PIECES: tl.constexpr
-):
+def rotated_piece(q, at, is_row, QUARTER_PADDED: tl.constexpr, piece: tl.constexpr, PIECES: tl.constexpr):
     """A piece of the rotated queries of rows `at`, [R, 4 QUARTER_PADDED / PIECES] float32."""
     WIDTH: tl.constexpr = 4 * QUARTER_PADDED // PIECES
     j = piece * WIDTH + tl.arange(0, WIDTH)

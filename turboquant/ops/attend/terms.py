@@ -226,9 +226,7 @@ def _touch(pointer, is_wanted):
 
 
 @triton.jit
-def touch_tables(
-    frequencies, spans, series, coefficients, rows, PAIRS_PADDED: tl.constexpr, FAST: tl.constexpr
-):
+def touch_tables(frequencies, spans, series, coefficients, rows, PAIRS_PADDED: tl.constexpr, FAST: tl.constexpr):
     """Have the L1 read what the bias of the first tokens is made of, in lines of 128 bytes: the coefficients of `rows`
     query rows, the tables, and of `spans` what 64 tokens take.
     """

@@ -412,7 +412,7 @@ def unpack_records(
         HAS_MEAN=side.mean_bytes > 0,
         HEAD_BYTES=layout.head_bytes,
         SIDE_AT=side_at,
-        WARPS=4,
+        WARPS=8,
         ON_GPU=not is_interpreted(),
-        num_warps=4,
+        num_warps=8,
     )
