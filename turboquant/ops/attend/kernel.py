@@ -2,8 +2,8 @@
 
 Three launches. `prepare_rows` rotates the queries and folds the key bias into them; `_attend_split` reads the planes in
 place, every program a share of the blocks of one KV head (some of them, or some more, the sinks and the recent window);
-`merge_rows` joins the shares by log-sum-exp and turns the result back. What changes from step to step (lengths, blocks,
-their addresses) is read from device memory, so that a captured graph can be replayed.
+`merge_few_rows` or `merge_rows` joins the shares by log-sum-exp and turns the result back. What changes from step to
+step (lengths, blocks, their addresses) is read from device memory, so that a captured graph can be replayed.
 
 Blocks are read in one of two ways. Up to 8 query rows of a KV head over coded tokens, which is decoding:
 `attend_fragments`, decoded in registers. All others (`_fits_fragments` says which): `_attend_blocks`, by Triton's own

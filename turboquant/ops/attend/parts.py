@@ -9,9 +9,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 def join_launches(OVERLAPS: tl.constexpr):
     """Wait until the launch before this one has ended, where it may still run, and let the next one begin to start.
 
-    Where the launch before did these in this order too, as ours do, all that lies before it has ended when a program
-    begins: what that has written may be read ahead of the wait. Of what lies before the first launch of a call nothing
-    may be read, and nowhere anything be written.
+    In this order, so that when a program begins all that lies before the launch before has ended. Ahead of it only what
+    was there long before may be read, the rotations, and nothing be written.
     """
     if OVERLAPS:
         gdc_wait()

@@ -26,13 +26,13 @@ def _share_of_bias(
     first = 2 * i if INTERLEAVED else i
     second = 2 * i + 1 if INTERLEAVED else i + PAIRS
     still = (d >= 2 * PAIRS) & (d < DIM)  # coordinates that the rotary embedding leaves alone
+    join_launches(OVERLAPS)
+    # asked for together
     b1 = tl.load(bias + first, mask=i < PAIRS, other=0)
     b2 = tl.load(bias + second, mask=i < PAIRS, other=0)
     own_length = tl.load(bias_length)
     if 2 * PAIRS < DIM:
         unmoved = tl.load(bias + d, mask=still, other=0)
-    join_launches(OVERLAPS)
-    # asked for together
     x = tl.load(source + d, mask=d < DIM, other=0).to(tl.float32)
     q1 = tl.load(source + first, mask=i < PAIRS, other=0).to(tl.float32)
     q2 = tl.load(source + second, mask=i < PAIRS, other=0).to(tl.float32)
