@@ -1,5 +1,7 @@
 """The byte-permute decoder, which Triton's interpreter never runs, instruction by instruction in Python."""
 
+import itertools
+import re
 import struct
 
 import numpy as np
@@ -8,7 +10,10 @@ import torch
 from emulated_ptx import LANES, executed
 
 from turboquant.codebook import embedded_codebook
-from turboquant.ops.unpack.kernel import _assembly, coordinate, permute_table, tables
+from turboquant.ops.attend.fragments import _RAISED, _SCORES, _VALUES
+from turboquant.ops.attend.lanes import _COPIES, _SHARED_LOADS, _SHARED_STORES
+from turboquant.ops.attend.terms import _BIAS, _MEANS, _SERIES
+from turboquant.ops.unpack.kernel import _CONSTRAINTS, _assembly, coordinate, permute_table, tables
 from turboquant.planes import pack
 
 DIM = 64
@@ -56,6 +61,49 @@ def test_tables_hold_what_the_decoder_is_given() -> None:
         assert torch.equal(centroids[held - 1, (codes.int() << (3 - held)) + (1 << (3 - held)) - 1], wanted)
         for read in range(held, 4):
             assert tuple(registers[read - 1, held - 1].tolist()) == permute_table(held, read)
+
+
+def test_tops_move_only_where_a_weight_would_pass_the_leeway() -> None:
+    """Rows of each thread apart, and of each column of a warp together."""
+    sums = 16
+    assembly, _ = _RAISED.value[sums,]
+    tops = np.repeat([[50.0], [-30.0]], LANES, axis=1).astype(np.float32)
+    for rise in itertools.product((-5.0, 7.9, 8.1, 40.0), repeat=2):
+        highest = tops - 100
+        highest[0, 9], highest[1, 22] = tops[:, 0] + np.array(rise, np.float32)  # of columns t = 1 and t = 2
+        before = np.arange(1, sums + 3, dtype=np.float32)[:, None] * np.ones((1, LANES), np.float32)
+        inputs = [*highest, *tops, *before]
+        found = executed(assembly, {f"${sums + 4 + i}": one.view(np.uint32) for i, one in enumerate(inputs)}, sums + 4)
+        values = [one.astype(np.uint32).view(np.float32) for one in found]
+        moved = max(rise) > 8
+        expected = tops.copy()
+        if moved:
+            expected[0, 1::4] = max(tops[0, 0], tops[0, 0] + rise[0])
+            expected[1, 2::4] = max(tops[1, 0], tops[1, 0] + rise[1])
+        np.testing.assert_array_equal(values[:2], expected)
+        by = np.exp2(tops - expected)
+        np.testing.assert_allclose(values[2:4], before[:2] * by, rtol=1e-6)
+        for i, one in enumerate(values[4:]):
+            np.testing.assert_allclose(one, before[2 + i] * by[i % 2], rtol=1e-6)
+
+
+PIECES = [_SCORES, _RAISED, _VALUES, _SHARED_STORES, _COPIES, _SHARED_LOADS, _BIAS, _SERIES, _MEANS]
+
+
+def test_outputs_do_not_lie_where_inputs_are_still_read() -> None:
+    """Compilers may give an output the register of an input, but where it is said to be clobbered early."""
+    texts = [text for table in PIECES for text in table.value.values()]
+    texts += [(_assembly(planes, shifted), _CONSTRAINTS) for planes in (1, 2, 3) for shifted in (False, True)]
+    assert len(texts) > 100
+    for assembly, constraints in texts:
+        kinds = constraints.split(",")
+        outputs = sum(kind.startswith("=") for kind in kinds)
+        steps = [{int(name) for name in re.findall(r"\$(\d+)", step)} for step in assembly.split(";")]
+        last_read = max(i for i, names in enumerate(steps) if any(name >= outputs for name in names))
+        assert max(set.union(*steps)) < len(kinds)
+        for output in range(outputs):
+            written = next((i for i, names in enumerate(steps) if output in names), last_read)
+            assert written >= last_read or "&" in kinds[output], (assembly, output)
 
 
 @pytest.mark.parametrize("quarter", [16, 20, 24, 32, 64])

@@ -126,6 +126,8 @@ FURTHER: list[dict[str, Any]] = [
     {"window": 0, "sinks": 0, "lengths": (64,)},
     {"window": 5, "sinks": 1, "queries": 16, "has_bias": True},
     {"value_dim": 64},
+    {"key_dim": 32},
+    {"key_dim": 72, "key_bits": 4},
     {"key_dim": 64, "value_dim": 128, "key_bits": 4, "value_bits": 2},
     {"value_scale": 1e-5},
     {"value_scale": 3e3},

@@ -110,7 +110,7 @@ def test_vectors_that_cannot_be_coded(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dim", [8, 64, 80, 128, 256])
+@pytest.mark.parametrize("dim", [8, 16, 32, 64, 72, 80, 128, 256])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_rows_are_unpacked(bits: int, dim: int, out_dtype: torch.dtype, device: str) -> None:
     layout = make_layout(bits, dim, torch.float32)

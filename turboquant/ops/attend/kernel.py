@@ -393,7 +393,7 @@ def _attend_tail(
     value_tail: of that head.
 
     q: rotated queries, of which rows `at`. terms: [ROWS] pointers to what `store_bias_of_tail` has found for slot 0,
-    where READS_TERMS. PIECES: 1, or 4, which take a quarter of the shared memory. Returns tops, masses, and sums by
+    where READS_TERMS. PIECES: see `_tail_pieces`. Returns tops, masses, and sums by
     piece.
     """
     slot = first_slot + tl.arange(0, 64)

@@ -69,8 +69,9 @@ def capped(s, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def columns_of_piece(QUARTER: tl.constexpr, QUARTER_PADDED: tl.constexpr, piece: tl.constexpr, PIECES: tl.constexpr):
-    """The coordinates of a piece of a head whose quarters are padded, and which of them are any; PIECES 1 or 4."""
+    """The coordinates of a piece of a head whose quarters are padded, and which of them are any; PIECES 1, 2 or 4."""
     WIDTH: tl.constexpr = 4 * QUARTER_PADDED // PIECES
+    tl.static_assert(WIDTH % QUARTER_PADDED == 0, "a piece has whole quarters")
     p = tl.arange(0, WIDTH)
     if QUARTER == QUARTER_PADDED:
         column = piece * WIDTH + p

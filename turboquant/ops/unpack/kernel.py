@@ -8,7 +8,7 @@ then holds the coordinate `coordinate(p)`. No data moves between threads for eit
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -111,16 +111,20 @@ def decoder(planes: int, inputs: DecoderRegisters, outputs: Sequence[str]) -> st
 
 # Operands of the decoder as an elementwise operation: every input but those of the tables comes once for 4 elements.
 _OPERANDS = DecoderRegisters("$8", "$9", "$10", "$11", "$12", "$16", "$20", "$24", "$28")
-_CONSTRAINTS = ",".join(["=r"] * 8 + ["r"] * 24)
+_CONSTRAINTS = ",".join(["=&r"] * 8 + ["r"] * 24)
 
 
-def _assembly(planes: int) -> str:
-    return decoder(planes, _OPERANDS, [f"${i}" for i in range(8)])
+def _assembly(planes: int, is_shifted: bool = False) -> str:
+    """is_shifted: each byte of the 1-bit planes has been multiplied before."""
+    operands = replace(_OPERANDS, factor="1") if is_shifted else _OPERANDS
+    return decoder(planes, operands, [f"${i}" for i in range(8)])
 
 
 _ASSEMBLY_1 = tl.constexpr(_assembly(1))
 _ASSEMBLY_2 = tl.constexpr(_assembly(2))
 _ASSEMBLY_3 = tl.constexpr(_assembly(3))
+_SHIFTED_2 = tl.constexpr(_assembly(2, is_shifted=True))
+_SHIFTED_3 = tl.constexpr(_assembly(3, is_shifted=True))
 _ASSEMBLY_CONSTRAINTS = tl.constexpr(_CONSTRAINTS)
 
 
@@ -287,13 +291,20 @@ def decode_fields(
     if ON_GPU and QUARTER_PADDED >= 4:
         # 4 neighbouring bytes of a vector share a register; its lowest byte alone says by how much to multiply
         factor = tl.where(j % 4 == 0, tl.where(j >= EIGHTH, 4, 1), 0).to(tl.uint8)
-        # a register may have bytes of both halves, where a thread has less than 4 neighbours or halves are odd
-        if EIGHTH % 4 != 0 or N * QUARTER_PADDED < 4 * 32 * WARPS:
+        # a register may have bytes of both halves, or of two vectors, where a thread has less than 4 neighbours or
+        # halves are odd: no byte of it can then speak for the others
+        SHIFTED: tl.constexpr = EIGHTH % 4 != 0 or N * QUARTER_PADDED < 4 * 32 * WARPS
+        if SHIFTED:
             y1 = tl.where((j >= EIGHTH)[None, :], y1 << 2, y1)
             y2 = tl.where((j >= EIGHTH)[None, :], y2 << 2, y2)
-            factor = (j % 4 == 0).to(tl.uint8)
+        if PLANES == 1:
+            ASSEMBLY: tl.constexpr = _ASSEMBLY_1
+        elif PLANES == 2:
+            ASSEMBLY: tl.constexpr = _SHIFTED_2 if SHIFTED else _ASSEMBLY_2
+        else:
+            ASSEMBLY: tl.constexpr = _SHIFTED_3 if SHIFTED else _ASSEMBLY_3
         f0, f1, f2, f3 = tl.inline_asm_elementwise(
-            _ASSEMBLY_1 if PLANES == 1 else (_ASSEMBLY_2 if PLANES == 2 else _ASSEMBLY_3),
+            ASSEMBLY,
             _ASSEMBLY_CONSTRAINTS,
             [
                 a,
