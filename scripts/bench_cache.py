@@ -6,15 +6,18 @@
     scripts/bench_cache.py --bits 4 --decay 4096:3,16384:2    # each width without and with a decay
 
 Weights are random, made on the GPU; prompts are random tokens. Prints tokens per second, what the allocator holds after
-the prompt beside what it held before, and with a decay the share of the decoding that ageing takes on the GPU.
+the prompt beside what it held before, and with a decay the share of the decoding that ageing takes on the GPU; steps
+with and without decay alternate.
 """
 
 import argparse
 import gc
 import json
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +60,19 @@ def ageing() -> Iterator[list[tuple[torch.cuda.Event, torch.cuda.Event]]]:
         CompressedKV._age = real
 
 
+@dataclass
+class Conversation:
+    """A cache that holds the prompt, and the token that comes next."""
+
+    cache: Any
+    token: torch.Tensor
+    held_bytes: int
+    prompt_peak_bytes: int
+
+
 @torch.inference_mode()
-def measure(model: Any, cache: Any, ids: torch.Tensor, new: int) -> dict[str, Any]:
-    """Prompt, then `new` greedy steps: seconds a step (median), bytes allocated by the cache, the highest peak."""
+def begin(model: Any, cache: Any, ids: torch.Tensor) -> Conversation:
+    """The prompt: bytes allocated by the cache behind it, the highest peak."""
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
@@ -68,26 +81,33 @@ def measure(model: Any, cache: Any, ids: torch.Tensor, new: int) -> dict[str, An
     token = out.logits[:, -1:].argmax(-1)
     del out
     torch.cuda.synchronize()
-    held, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    steps = []
-    with ageing() as aged:
-        for _ in range(new):
-            start = time.perf_counter()
-            token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-            torch.cuda.synchronize()
-            steps.append(time.perf_counter() - start)
-    # from one event to the next the GPU may have waited for Python: at most this
-    ageing_s = sum(begin.elapsed_time(end) for begin, end in aged) / 1e3
-    steps.sort()
-    return {
-        "ageing_share": ageing_s / sum(steps),
-        "step_s": steps[len(steps) // 2],
-        "tokens_per_s": new / sum(steps),
-        "held_bytes": held,
-        "prompt_peak_bytes": peak,
-        "decode_peak_bytes": torch.cuda.max_memory_allocated(),
-    }
+    return Conversation(cache, token, torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated())
+
+
+@torch.inference_mode()
+def decode(model: Any, conversations: Sequence[Conversation], new: int) -> list[dict[str, Any]]:
+    """`new` greedy steps of each, in turn, so that a slow machine is as slow for all of them."""
+    steps: list[list[float]] = [[] for _ in conversations]
+    ageing_s = [0.0] * len(conversations)
+    for _ in range(new):
+        for i, one in enumerate(conversations):
+            with ageing() as aged:
+                start = time.perf_counter()
+                one.token = model(one.token, past_key_values=one.cache, use_cache=True).logits[:, -1:].argmax(-1)
+                torch.cuda.synchronize()
+                steps[i].append(time.perf_counter() - start)
+            # from one event to the next the GPU may have waited for Python: at most this
+            ageing_s[i] += sum(first.elapsed_time(last) for first, last in aged) / 1e3
+    return [
+        {
+            "ageing_share": aged_s / sum(own),
+            "step_s": statistics.median(own),
+            "tokens_per_s": new / sum(own),
+            "held_bytes": one.held_bytes,
+            "prompt_peak_bytes": one.prompt_peak_bytes,
+        }
+        for one, own, aged_s in zip(conversations, steps, ageing_s, strict=True)
+    ]
 
 
 def described(row: dict[str, Any]) -> str:
@@ -128,29 +148,32 @@ def main() -> None:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     dense_bytes = 4 * config.num_hidden_layers * config.num_key_value_heads * head_dim * options.prompt
     decays = ["off", options.decay] if options.decay else ["off"]
-    for bits, decay in [(16, "off"), *((bits, decay) for bits in options.bits for decay in decays)]:
+    room = options.prompt + options.new
+    for bits in (16, *options.bits):
         model.set_attn_implementation("sdpa" if bits == 16 else ATTENTION_NAME)
-        room = options.prompt + options.new
+        of_width = ["off"] if bits == 16 else decays
 
-        def make(bits: int = bits, decay: str = decay, room: int = room) -> Any:
+        def make(bits: int, decay: str) -> Any:
             if bits == 16:
                 return DynamicCache(config=config)
             return TurboQuantCache(model, bits, decay=decay, capacity_tokens=room)
 
-        measure(model, make(), ids[:, :1024], 4)  # kernels compiled, libraries loaded
-        cache = make()
-        row = measure(model, cache, ids, options.new)
-        row |= {"kind": "cache", "model": options.shape, "bits": bits, "prompt": options.prompt, "new": options.new}
-        row |= {"decay": None if decay == "off" else decay}
-        row["cache_bytes"] = dense_bytes if bits == 16 else cache.nbytes
-        del cache
-        if rows:
-            row["speed_ratio"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
-            row["saved_share"] = (rows[0]["held_bytes"] - row["held_bytes"]) / dense_bytes
-        if row["decay"]:
-            row["undecayed_ratio"] = row["tokens_per_s"] / rows[-1]["tokens_per_s"]
-        rows.append(row)
-        print(described(row), flush=True)
+        for decay in of_width:  # kernels compiled, libraries loaded; those of aged blocks need a prompt that ages
+            warm_up = ids[:, :1024] if decay == "off" else ids
+            decode(model, [begin(model, make(bits, decay), warm_up)], 4)
+        conversations = [begin(model, make(bits, decay), ids) for decay in of_width]
+        for decay, one, row in zip(of_width, conversations, decode(model, conversations, options.new), strict=True):
+            row |= {"kind": "cache", "model": options.shape, "bits": bits, "prompt": options.prompt, "new": options.new}
+            row |= {"decay": None if decay == "off" else decay}
+            row["cache_bytes"] = dense_bytes if bits == 16 else one.cache.nbytes
+            if rows:
+                row["speed_ratio"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
+                row["saved_share"] = (rows[0]["held_bytes"] - row["held_bytes"]) / dense_bytes
+            if row["decay"]:
+                row["undecayed_ratio"] = row["tokens_per_s"] / rows[-1]["tokens_per_s"]
+            rows.append(row)
+            print(described(row), flush=True)
+        del conversations, one
     if options.out:
         measured_on = {"commit": options.commit or current_commit(), "versions": versions()}
         options.out.write_text(json.dumps([row | measured_on for row in rows], indent=1) + "\n", encoding="utf-8")

@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -214,21 +215,28 @@ def read_evicted(folder: Path, codec: str) -> float:
     Returns:
         seconds of the reading.
     """
-    from streamer.checkpoint import Checkpoint
-    from streamer.codec import LikelyWeights, open_packed
     from streamer.rates import read_rate
     from streamer.weights.host import reader_threads
 
-    with Checkpoint.open(folder) as checkpoint:
-        packed = open_packed(checkpoint, codec, None, on_note=print)
-        if isinstance(packed, LikelyWeights):
-            raise SystemExit(f"bench_stream: {folder} has not been packed: tq-stream pack {folder}")
-        files = packed.checkpoint if packed is not None else checkpoint
+    with read_files(folder, codec) as files:
         folders = {folder, files.folder}
         evict(folders)
         rate = read_rate(files, direct=False, threads=reader_threads(), max_bytes=1 << 62)
         evict(folders)
         return files.total_bytes / rate
+
+
+@contextmanager
+def read_files(folder: Path, codec: str) -> Iterator[Any]:
+    """The checkpoint whose files a run with that codec reads: the one in the folder, or what it was packed to."""
+    from streamer.checkpoint import Checkpoint
+    from streamer.codec import LikelyWeights, open_packed
+
+    with Checkpoint.open(folder) as checkpoint:
+        packed = open_packed(checkpoint, codec, None, on_note=print)
+        if isinstance(packed, LikelyWeights):
+            raise SystemExit(f"{folder} has not been packed: tq-stream pack {folder}")
+        yield packed.checkpoint if packed is not None else checkpoint
 
 
 def evict(folders: Iterable[Path]) -> None:

@@ -145,7 +145,7 @@ def kind_row(row: dict[str, Any]) -> str:
     elif row["kind"] == "codec":
         disk = f" ({row['disk_bytes_per_s'] / 1e9:.2f} GB/s)" if "disk_bytes_per_s" in row else ""
         cells = [
-            f"{row['what']}, {row['setting']}",
+            f"{row['what']}, {row['setting']}" + (f": {row['note']}" if "note" in row else ""),
             f"{row['bytes_per_s'] / 1e9:.2f}",
             f"{100 * row['share']:.0f} % of {row['share_of']}{disk}" if "share" in row else "",
             f"{row['bits_per_weight']:.2f}" if "bits_per_weight" in row else "",

@@ -297,12 +297,9 @@ def decode_fields(
         if SHIFTED:
             y1 = tl.where((j >= EIGHTH)[None, :], y1 << 2, y1)
             y2 = tl.where((j >= EIGHTH)[None, :], y2 << 2, y2)
-        if PLANES == 1:
-            ASSEMBLY: tl.constexpr = _ASSEMBLY_1
-        elif PLANES == 2:
-            ASSEMBLY: tl.constexpr = _SHIFTED_2 if SHIFTED else _ASSEMBLY_2
-        else:
-            ASSEMBLY: tl.constexpr = _SHIFTED_3 if SHIFTED else _ASSEMBLY_3
+        TWO: tl.constexpr = _SHIFTED_2 if SHIFTED else _ASSEMBLY_2
+        THREE: tl.constexpr = _SHIFTED_3 if SHIFTED else _ASSEMBLY_3
+        ASSEMBLY: tl.constexpr = _ASSEMBLY_1 if PLANES == 1 else (TWO if PLANES == 2 else THREE)
         f0, f1, f2, f3 = tl.inline_asm_elementwise(
             ASSEMBLY,
             _ASSEMBLY_CONSTRAINTS,
