@@ -393,8 +393,7 @@ def _attend_tail(
     value_tail: of that head.
 
     q: rotated queries, of which rows `at`. terms: [ROWS] pointers to what `store_bias_of_tail` has found for slot 0,
-    where READS_TERMS. PIECES: see `_tail_pieces`. Returns tops, masses, and sums by
-    piece.
+    where READS_TERMS. PIECES: see `_tail_pieces`. Returns tops, masses, and sums by piece.
     """
     slot = first_slot + tl.arange(0, 64)
     token, in_ring = token_of(slot, slots, sinks, length)
