@@ -22,7 +22,6 @@ from turboquant.ops.attend.bias import bias_tables
 from turboquant.ops.attend.fragments import held_bytes, programs_and_units, triton_bytes
 from turboquant.ops.attend.kernel import _share as kernel_share
 from turboquant.ops.attend.lanes import token_of_row
-from turboquant.ops.attend.merge import merge_few_rows
 from turboquant.ops.attend.terms import bias_in_span, span_of_bias
 from turboquant.policy import Precision
 from turboquant.store import StoreOptions
@@ -242,7 +241,7 @@ def test_fragments_on_a_gpu(case: dict[str, Any], processors: int | None, monkey
     check(Case(**({"groups": 2, "dtype": torch.float32} | case | {"lengths": (9000, 0, 3001)})), "cuda")
 
 
-def check_joined(parts: int, dim: int, has_sink_logits: bool, device: str) -> None:
+def check_joined(parts: int, dim: int, has_sink_logits: bool, by_hand: bool, device: str) -> None:
     groups, heads_per_group, tokens = 2, 3, 2
     rows = heads_per_group * tokens
     draw = torch.Generator().manual_seed(parts)
@@ -256,25 +255,9 @@ def check_joined(parts: int, dim: int, has_sink_logits: bool, device: str) -> No
     matrix = torch.linalg.qr(torch.randn(dim, dim, generator=draw))[0].contiguous()
     logits = torch.randn(groups * heads_per_group, generator=draw)
     out = torch.empty(1, tokens, groups * heads_per_group, dim, device=device)
-    merge_few_rows[(rows, groups, 2)](
-        top.to(device),
-        mass.to(device),
-        acc.to(device),
-        matrix.to(device),
-        logits.to(device),
-        out,
-        out.stride(0),
-        out.stride(2),
-        out.stride(1),
-        groups,
-        heads_per_group,
-        tokens,
-        parts,
-        DIM=dim,
-        HAS_SINK_LOGITS=has_sink_logits,
-        OVERLAPS=False,
-        num_warps=dim // 8,
-    )
+    parts_of = (one.to(device) for one in (top, mass, acc, matrix))
+    sinks = logits.to(device) if has_sink_logits else None
+    kernel.merge_parts(*parts_of, sinks, out, by_hand=by_hand, overlaps=False)
     weights = torch.exp2(top.double())  # [G, parts, rows]
     total = (weights * mass).sum(1)
     if has_sink_logits:
@@ -288,15 +271,17 @@ JOINED = [(1, 128, False), (64, 128, True), (65, 64, False), (150, 64, True)]
 
 
 @pytest.mark.usefixtures("emulated_assembly")
+@pytest.mark.parametrize("by_hand", [True, False])
 @pytest.mark.parametrize(("parts", "dim", "has_sink_logits"), JOINED)
-def test_parts_are_joined(parts: int, dim: int, has_sink_logits: bool) -> None:
-    check_joined(parts, dim, has_sink_logits, "cpu")
+def test_parts_are_joined(parts: int, dim: int, has_sink_logits: bool, by_hand: bool) -> None:
+    check_joined(parts, dim, has_sink_logits, by_hand, "cpu")
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("by_hand", [True, False])
 @pytest.mark.parametrize(("parts", "dim", "has_sink_logits"), JOINED)
-def test_parts_are_joined_on_a_gpu(parts: int, dim: int, has_sink_logits: bool) -> None:
-    check_joined(parts, dim, has_sink_logits, "cuda")
+def test_parts_are_joined_on_a_gpu(parts: int, dim: int, has_sink_logits: bool, by_hand: bool) -> None:
+    check_joined(parts, dim, has_sink_logits, by_hand, "cuda")
 
 
 @pytest.mark.gpu

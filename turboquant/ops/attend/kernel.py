@@ -1011,39 +1011,58 @@ def attend_packed(
         **({"maxnreg": launch.registers} if launch.registers else {}),
     )
     out = torch.empty(batch, tokens, heads, value_dim, dtype=q.dtype, device=device)
-    to_merge = (
+    merge_parts(top, mass, acc, value_matrix, sink_logits, out, by_hand=in_fragments, overlaps=overlaps)
+    return out.transpose(1, 2)
+
+
+def merge_parts(
+    top: torch.Tensor,
+    mass: torch.Tensor,
+    acc: torch.Tensor,
+    matrix: torch.Tensor,
+    sink_logits: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    by_hand: bool,
+    overlaps: bool,
+) -> None:
+    """The last launch: parts joined by log-sum-exp and turned back.
+
+    Args:
+        top, mass: [B G, parts, rows] float32, of each part the top score in base 2 and the sum of the weights below it;
+            acc: [.., Dv], their weighted values, rotated. rows: H / G T.
+        matrix: [Dv, Dv] float32. sink_logits: [H], or None.
+        out: [B, T, H, Dv], written.
+        by_hand: by `merge_few_rows` where it serves the width. overlaps: see `join_launches`.
+    """
+    programs, parts, rows = top.shape
+    batch, tokens, _, dim = out.shape
+    operands = (
         top,
         mass,
         acc,
-        value_matrix,
-        sink_logits if sink_logits is not None else factor,
+        matrix,
+        sink_logits if sink_logits is not None else top,
         out,
         out.stride(0),
         out.stride(2),
         out.stride(1),
-        groups,
-        heads_per_group,
+        programs // batch,
+        rows // tokens,
         tokens,
         parts,
     )
-    if in_fragments and value_dim <= MERGED_DIM:
-        merge_few_rows[(rows, batch * groups, 2)](
-            *to_merge,
-            DIM=value_dim,
-            HAS_SINK_LOGITS=sink_logits is not None,
-            num_warps=value_dim // 8,
-            maxnreg=64,  # beside programs of the launch before
-            **overlapping,
-        )
+    options: dict[str, Any] = {"DIM": dim, "HAS_SINK_LOGITS": sink_logits is not None}
+    options |= {"OVERLAPS": overlaps, "launch_pdl": overlaps}
+    if by_hand and dim <= MERGED_DIM:
+        # registers: beside programs of the launch before
+        merge_few_rows[(rows, programs, 2)](*operands, **options, num_warps=dim // 8, maxnreg=64)
     else:
-        merge_rows[(rows, batch * groups, -(-value_dim // _CHUNK))](
-            *to_merge,
-            DIM=value_dim,
-            DIM_PADDED=triton.next_power_of_2(value_dim),
-            HAS_SINK_LOGITS=sink_logits is not None,
+        merge_rows[(rows, programs, -(-dim // _CHUNK))](
+            *operands,
+            **options,
+            DIM_PADDED=triton.next_power_of_2(dim),
             CHUNK=_CHUNK,
-            TILE=64 if value_dim <= 128 else 32,
+            TILE=64 if dim <= 128 else 32,
             num_warps=8,
-            **overlapping,
         )
-    return out.transpose(1, 2)
