@@ -78,16 +78,16 @@ def _pairs_of(words: Sequence[Array]) -> Array:
 
 
 def _multiplied(a: Sequence[Array], b: Sequence[Array], c: Sequence[Array]) -> list[Array]:
-    """mma.m16n8k16 (PTX ISA, "Matrix Fragments for mma.m16n8k16")."""
+    """mma.m16n8k16, or m16n8k8, of which less is given (PTX ISA, "Matrix Fragments for mma.m16n8k16")."""
     lane = np.arange(LANES)
     g, t = lane // 4, lane % 4
     first, second = np.zeros((16, 16), np.float32), np.zeros((16, 8), np.float32)
     total = np.zeros((16, 8), np.float32)
     a_pairs, b_pairs = _pairs_of(a), _pairs_of(b)
-    for i in range(4):
+    for i in range(len(a)):
         for e in range(2):
             first[g + 8 * (i % 2), 2 * t + e + 8 * (i // 2)] = a_pairs[:, i, e]
-    for i in range(2):
+    for i in range(len(b)):
         for e in range(2):
             second[2 * t + e + 8 * i, g] = b_pairs[:, i, e]
     for i in range(4):
@@ -299,8 +299,13 @@ class _Warp:
         if kind[0] == "prmt":
             return _permuted(a, *more)
         if kind[0] == "lop3":
-            assert int(arguments[3], 0) == 0xF8  # the truth table of a | (b & c)
-            return a | (more[0] & more[1])
+            truth = int(arguments[3], 0)  # bit 4 a + 2 b + c
+            terms = [
+                (a if i & 4 else ~a) & (more[0] if i & 2 else ~more[0]) & (more[1] if i & 1 else ~more[1])
+                for i in range(8)
+                if truth >> i & 1
+            ]
+            return np.bitwise_or.reduce(terms)
         b = more[0]
         wide = a.astype(np.uint64) * b.astype(np.uint64) if kind[0] == "mul" else a
         return {

@@ -28,7 +28,7 @@ def words(values: torch.Tensor) -> int:
 def test_every_code_decodes_to_its_centroid(held: int, read: int) -> None:
     """Also blocks that have lost planes, read as if they had them: noise in the missing ones changes nothing."""
     draw = torch.Generator().manual_seed(held + 10 * read)
-    table = dict(zip(("$12", "$16", "$20", "$24"), permute_table(held, read), strict=True)) | {"$28": 0x80808080}
+    table = dict(zip(("$12", "$16", "$20", "$24"), permute_table(held, read), strict=True)) | {"$28": 0x80800000}
     seen = set()
     for _ in range(40):
         codes = torch.randint(0, 2 << held, (DIM,), generator=draw).to(torch.uint8)

@@ -19,9 +19,8 @@ from turboquant.key_bias import KeyBias
 from turboquant.layout import BlockLayout, SideLayout
 from turboquant.ops.attend import attend_packed, bias_terms, kernel
 from turboquant.ops.attend.bias import bias_tables
-from turboquant.ops.attend.fragments import held_bytes, programs_and_units, triton_bytes
+from turboquant.ops.attend.fragments import _below_middle, _taken, held_bytes, programs_and_units, triton_bytes
 from turboquant.ops.attend.kernel import _share as kernel_share
-from turboquant.ops.attend.lanes import token_of_row
 from turboquant.ops.attend.terms import bias_in_span, span_of_bias
 from turboquant.policy import Precision
 from turboquant.store import StoreOptions
@@ -170,6 +169,7 @@ FRAGMENTS: list[dict[str, Any]] = [
     {"key_bits": 4, "value_bits": 4},
     {"key_dim": 256, "value_dim": 256, "dtype": torch.bfloat16, "key_bits": 4, "value_bits": 4},
     {"key_dim": 256, "value_dim": 256, "key_bits": 4, "value_bits": 4},  # units that do not fit
+    {"has_bias": True, "key_dim": 256, "value_dim": 256, "dtype": torch.bfloat16, "heads_per_group": 3},
     {"is_aged": True, "has_bias": True, "key_bits": 4, "value_bits": 3, "lengths": (600,), "heads_per_group": 5},
     {"is_aged": True, "key_bits": 2, "value_bits": 4, "key_dim": 64, "value_dim": 128, "groups": 2, "queries": 3},
 ]
@@ -359,17 +359,42 @@ def _bias_of_positions(
     odd_constant = tl.load(factor + 4 * odd + 2) / tl.load(factor + 4 * odd + 1)
     position = 256 * tl.program_id(0) + 0 * thread
     constants = (even_constant, odd_constant)
-    span = span_of_bias(position, coefficients + own * (2 * PAIRS), frequencies, series, constants, PAIRS, FAST)
+    span = span_of_bias(position + 128, coefficients + own * (2 * PAIRS), frequencies, series, constants, PAIRS, FAST)
     for j in tl.range(0, 4):
         i = thread // 32 * 4 + j
-        s0, s1, s2, s3 = bias_in_span(i, span, table, FAST)
-        to = position + 16 * i + token_of_row(thread)
+        token, found = bias_in_span(i, span, table, FAST)
+        s0, s1, s2, s3 = found
+        to = position + 16 * i + token
         even_scale = tl.load(factor + 4 * even + 1) * 1.4426950408889634
         odd_scale = tl.load(factor + 4 * odd + 1) * 1.4426950408889634
         tl.store(out + 2 * t * positions + to, s0 * even_scale, mask=to < positions)
         tl.store(out + (2 * t + 1) * positions + to, s1 * odd_scale, mask=to < positions)
         tl.store(out + 2 * t * positions + to + 8, s2 * even_scale, mask=to + 8 < positions)
         tl.store(out + (2 * t + 1) * positions + to + 8, s3 * odd_scale, mask=to + 8 < positions)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _store_order(out, count):
+    """out: for each of `count` units the one that is taken then, and behind them how many of its span lie below."""
+    for start in tl.range(0, count, 16):
+        below = _below_middle(start, count)
+        for u in tl.range(start, tl.minimum(start + 16, count)):
+            tl.store(out + u, _taken(u + 0 * count, below, True))
+            tl.store(out + count + u, below)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_units_of_a_span_are_taken_from_its_middle_on(device: str) -> None:
+    for count in range(1, 50):
+        out = torch.full((2, count), -1, dtype=torch.int32, device=device)
+        _store_order[(1,)](out, count)
+        order, below = out.tolist()
+        assert sorted(order) == list(range(count))
+        for u in range(0, count, 2):
+            middle = u // 16 * 16 + below[u]
+            k = u % 16 // 2
+            # mirrored: the k-th below and the k-th above, of which the last may be missing
+            assert order[u : u + 2] == [middle - 1 - k, middle + k][: count - u]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -550,6 +575,12 @@ def test_a_series_stands_for_pairs_that_turn_slowly(base: float, pairs: int, fas
 
 def test_pairs_in_no_order_are_all_fast() -> None:
     assert bias_tables(torch.cat((torch.full((48,), 1e-4), torch.ones(16)))).fast == 64
+
+
+def test_pairs_that_turn_by_half_a_turn_are_refused() -> None:
+    """Half of their angle, which the middle of a span takes, would be one of two."""
+    with pytest.raises(ValueError, match=r"4 radians a position.*less than pi"):
+        bias_tables(torch.tensor([4.0, 0.1]))
 
 
 def test_without_rotary_all_is_series() -> None:

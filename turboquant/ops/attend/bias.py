@@ -10,10 +10,10 @@ from turboquant.layout import BLOCK_TOKENS
 # Tokens for which a query's turned coefficients serve: angles within them come from one table.
 SPAN_TOKENS = 256
 
-# Terms of the series that stands for the slowly turning pairs: as many as the inner axis of a product holds.
+# Terms of the series that stands for the slowly turning pairs: as many as an operand has rows.
 DEGREES = 16
 
-# Pairs that one product takes, a cosine and a sine each.
+# Pairs whose cosines, or sines, a thread has two of: one word.
 PAIRS_TOGETHER = 8
 
 # How far off the series may be, where a pair's largest share of a score is 1: the last digits of float32.
@@ -27,14 +27,17 @@ class BiasTables:
     Attributes:
         frequencies: [P] int64, turns per position of each rotated pair in units of 2^-64, zeros beyond `pairs`; P is
             a power of two and at least 16. A product with a position then drops whole turns and keeps all digits.
-        spans: [2, 16, F / 8 + 1, 32, 8] float16: cos and sin of positions -128 to 127 times the frequency of each of
-            the first F pairs, and the Chebyshev polynomials of degree 0 to 15 of the position / 128, as operands.
+        spans: [2, 8, F / 8 + 1, 32, 8] float16: of positions 1/2 to 127 1/2, 16 a time, first what is the same at the
+            positions' negatives: cos of the position times the frequency of each of the first F pairs, and the
+            Chebyshev polynomials of degree 0, 2, .. 14 of the position / 128; then what changes its sign there, sin and
+            the odd degrees. As operands.
         series: [2, (P - F) / 8, 32, 8] float16: those polynomials' factors in cos and sin of the other pairs, within
-            those positions, as one operand whose rows are the degrees.
+            those positions and their negatives, as one operand whose rows are the degrees, even ones first.
         turns: [2, 64, 2 P] float16: cos and sin of positions 0 to 63 times the frequency of each pair, side by side.
-        Each of the last three: first rounded, then what that leaves out. An operand of 16 rows is read by a warp at
-        once: row 8 h + g, pair 8 j + 2 t + k is [.., j, 4 g + t, 4 k + 2 h], its sin behind that; degree 8 k + 2 t + e
-        is [.., F / 8, 4 g + t, 4 k + 2 h + e].
+        Each of the last three: first rounded, then what that leaves out. An operand of 16 rows and 8 columns is two
+        words of each thread: row 8 h + g, column 2 t + e is [4 g + t, 2 h + e]. Two lie side by side, so that a thread
+        reads 16 bytes at once: of `spans` two of even functions or two of odd ones, the last one of each where their
+        number is odd; of `series` cos and sin of 8 pairs.
         fast: F, a multiple of 8: the pairs that turn too quickly for the series, and what lies between them.
         pairs: rotated pairs.
     """
@@ -92,8 +95,13 @@ def _tables(inverse_frequencies: tuple[float, ...]) -> BiasTables:
     turns = [int(turn * 2.0**64) for turn in (radians / (2 * torch.pi)).tolist()]
     signed = [(turn + (1 << 63)) % (1 << 64) - (1 << 63) for turn in turns]
 
+    if radians.abs().max() >= torch.pi:
+        raise ValueError(
+            f"a rotary embedding turns by {radians.abs().max():g} radians a position, a key bias needs less than pi"
+        )
+
     half = SPAN_TOKENS // 2
-    positions = torch.arange(-half, half, dtype=torch.float64)
+    positions = torch.arange(-half, half, dtype=torch.float64) + 0.5
     pair_table = _cos_sin(positions, radians)  # [positions, P, 2]
     polynomials = torch.cos((positions / half).acos()[:, None] * torch.arange(DEGREES))
     # cos and sin of all pairs as sums of them, by least squares
@@ -102,11 +110,17 @@ def _tables(inverse_frequencies: tuple[float, ...]) -> BiasTables:
     too_quick = (error > _SERIES_ERROR).nonzero()
     fast = 0 if not len(too_quick) else (int(too_quick[-1]) // PAIRS_TOGETHER + 1) * PAIRS_TOGETHER
 
-    degrees = polynomials.view(-1, 1, 2, 4, 2).transpose(2, 3).reshape(-1, PAIRS_TOGETHER, 2)
+    above = [torch.cat((pair_table[half:, :fast, i], polynomials[half:, i::2]), dim=1) for i in (0, 1)]
+    even, odd = (_as_operands(_in_rows(functions)) for functions in above)
+    # whole pairs of operands of either kind, then what is left of both
+    whole = even.shape[1] // 2 * 2
+    spans = torch.cat((even[:, :whole], odd[:, :whole], even[:, whole:], odd[:, whole:]), dim=1)
+    by_degree = factors.view(DEGREES, -1, PAIRS_TOGETHER, 2)[:, fast // PAIRS_TOGETHER :].transpose(2, 3)
+    series = _as_operands(torch.cat((by_degree[::2], by_degree[1::2])).flatten(1))
     return BiasTables(
         torch.tensor(signed, dtype=torch.int64),
-        _high_and_low(_as_operands(_in_rows(torch.cat((pair_table[:, :fast], degrees), dim=1)))),
-        _high_and_low(_as_operands(factors.view(DEGREES, padded, 2)[:, fast:])[0]),
+        _high_and_low(_side_by_side(spans)),
+        _high_and_low(_side_by_side(series)[0]),
         _high_and_low(_cos_sin(torch.arange(BLOCK_TOKENS).double(), radians).flatten(1)),
         fast,
         pairs,
@@ -124,12 +138,17 @@ def _in_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _as_operands(x: torch.Tensor) -> torch.Tensor:
-    """[rows, pairs, 2] as operands of mma.m16n8k16, as BiasTables says: [rows / 16, products, 32, 8]."""
-    rows, pairs, _ = x.shape
-    products = pairs // PAIRS_TOGETHER
-    # [operand, half of it, g, product, t, pair, cos or sin]
-    apart = x.reshape(rows // 16, 2, 8, products, 4, 2, 2)
-    return apart.permute(0, 3, 2, 4, 5, 1, 6).reshape(rows // 16, products, 32, 8)
+    """[rows, columns] as operands of mma.m16n8k8, as BiasTables says: [rows / 16, columns / 8, 32, 4]."""
+    rows, columns = x.shape
+    # [operand, half of its rows, g, its columns, t, e]
+    apart = x.reshape(rows // 16, 2, 8, columns // 8, 4, 2)
+    return apart.permute(0, 3, 2, 4, 1, 5).reshape(rows // 16, columns // 8, 32, 4)
+
+
+def _side_by_side(x: torch.Tensor) -> torch.Tensor:
+    """Operands [n, m, 32, 4] two at a time: [n, m / 2, 32, 8]."""
+    n, m = x.shape[:2]
+    return x.reshape(n, m // 2, 2, 32, 4).transpose(2, 3).reshape(n, m // 2, 32, 8)
 
 
 def _high_and_low(x: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,7 @@ from turboquant.ops.attend.lanes import (
     copy_to_shared,
     floats_from_shared,
     floats_to_shared,
+    halves_swapped,
     lower_half,
     multiply,
     names,
@@ -44,12 +45,12 @@ from turboquant.ops.attend.lanes import (
     words_at,
 )
 from turboquant.ops.attend.parts import capped, place
-from turboquant.ops.attend.terms import bias_in_span, span_of_bias, store_means, zero_again
-from turboquant.ops.unpack.kernel import DecoderRegisters, decoder, in_vector_register
+from turboquant.ops.attend.terms import bias_beside, span_of_bias, store_means, zero_again
+from turboquant.ops.unpack.kernel import SIGNS, DecoderRegisters, decoder, in_vector_register
 
 # Query rows that a program can hold.
 ROWS = 8
-SPAN = tl.constexpr(SPAN_TOKENS)
+EACH = tl.constexpr(SPAN_TOKENS // 16)  # units of a warp in a span
 WARPS = 4
 QUARTERS = (16, 32, 64)  # bytes of plane 0, of heads that are served
 
@@ -340,13 +341,12 @@ def _begin_unit(
 
 @triton.jit
 def _held_keys(
-    unit, thread, SCALES_AT: tl.constexpr, BITS_AT: tl.constexpr, QUARTER: tl.constexpr, PLANES: tl.constexpr
+    unit, thread, token, SCALES_AT: tl.constexpr, BITS_AT: tl.constexpr, QUARTER: tl.constexpr, PLANES: tl.constexpr
 ):
-    """A thread's part of the keys of its two tokens, and their scales: words as `_scores` takes them, of each token
-    plane by plane.
+    """A thread's part of the keys of its two tokens, of which the first is given, and their scales: words as `_scores`
+    takes them, of each token plane by plane.
     """
     t = thread % 4
-    token = token_of_row(thread)
     OWN: tl.constexpr = QUARTER // 4
     WORDS: tl.constexpr = OWN // 4
     own = shared_words(unit + token * QUARTER + t * OWN, 2, 8 * QUARTER, OWN)
@@ -361,14 +361,17 @@ def _held_keys(
 
 
 @triton.jit
-def _held_values(unit, thread, AT: tl.constexpr, BITS_AT: tl.constexpr, QUARTER: tl.constexpr, PLANES: tl.constexpr):
-    """A thread's part of the values of four tokens: words as `_values` takes them."""
-    t = thread % 4
+def _held_values(
+    unit, thread, token, AT: tl.constexpr, BITS_AT: tl.constexpr, QUARTER: tl.constexpr, PLANES: tl.constexpr
+):
+    """A thread's part of the values of four tokens, each the fourth behind the one before: words as `_values` takes
+    them.
+    """
     g = thread % 32 // 4
     EIGHTH: tl.constexpr = QUARTER // 8
-    words = _by_word(shared_words(unit + (AT + t * QUARTER + g * EIGHTH), 4, 4 * QUARTER, EIGHTH), EIGHTH)
+    words = _by_word(shared_words(unit + (AT + token * QUARTER + g * EIGHTH), 4, 4 * QUARTER, EIGHTH), EIGHTH)
     for p in tl.static_range(0, PLANES - 1):
-        bits = unit + (t * (QUARTER // 2) + g % 4 * EIGHTH + (BITS_AT + p * 8 * QUARTER))
+        bits = unit + (token * (QUARTER // 2) + g % 4 * EIGHTH + (BITS_AT + p * 8 * QUARTER))
         words = words + _by_word(shared_words(bits, 4, 2 * QUARTER, EIGHTH), EIGHTH)
     return words
 
@@ -382,16 +385,37 @@ def _by_word(words, BYTES: tl.constexpr):
 
 
 @triton.jit
-def _share_of_warp(u, first, count, warp, IN_RUNS: tl.constexpr):
-    """Block and first token in it of the u-th 16 tokens that a warp takes of `count` blocks from `first` on."""
+def _taken(u, below, IN_RUNS: tl.constexpr):
+    """Which of the units of 16 tokens that a warp has it takes as the u-th.
+
+    IN_RUNS: a span's units in the order of their distance from its middle, of two the one below first; `below` are how
+    many the one that it is in has there.
+    """
+    unit = u
     if IN_RUNS:
-        unit = warp * count + u
+        beside = (u & (EACH - 1)) >> 1
+        # -1, 0, -2, 1, -3 and so on from the middle
+        unit = (u & -EACH) + below + (beside ^ ((u & 1) - 1))
+    return unit
+
+
+@triton.jit
+def _share_of_warp(unit, first, count, warp, IN_RUNS: tl.constexpr):
+    """Block and first token in it of a unit of a warp, of `count` blocks from `first` on."""
+    if IN_RUNS:
+        unit += warp * count
         block = first + (unit >> 2)
         token = (unit & 3) * 16
     else:
-        block = first + u
+        block = first + unit
         token = warp * 16
     return block, token
+
+
+@triton.jit
+def _below_middle(start, count):
+    """How many units of the span that begins with that one of `count` lie below its middle."""
+    return (tl.minimum(count - start, EACH) + 1) >> 1
 
 
 @triton.jit
@@ -405,7 +429,7 @@ def _table(registers, held, PLANES: tl.constexpr):
         in_vector_register(tl.load(own + 1)),
         in_vector_register(tl.load(own + 2)),
         in_vector_register(tl.load(own + 3)),
-        in_vector_register(-0x7F7F7F80),  # 0x80 in every byte
+        in_vector_register(SIGNS),
     )
 
 
@@ -512,9 +536,10 @@ def begin_units(
     thread = tl.arange(0, 32 * 4)
     warp = thread // 32
     count = tl.maximum(last - first, 0)
+    below = _below_middle(0, count)
     held = shared_bytes(thread, HELD_BYTES) + warp * (UNITS * UNIT_BYTES)
     for j in tl.static_range(0, UNITS - 1):
-        block, token = _share_of_warp(j, first, count, warp, IN_RUNS)
+        block, token = _share_of_warp(_taken(0 * count + j, below, IN_RUNS), first, count, warp, IN_RUNS)
         entry = tl.load(entries + block, mask=0 * block + j < count, other=0)
         _begin_unit(
             held + j * UNIT_BYTES,
@@ -533,7 +558,7 @@ def begin_units(
             IS_MIXED,
             UNIT_BYTES,
         )
-    block, _ = _share_of_warp(UNITS - 1, first, count, warp, IN_RUNS)
+    block, _ = _share_of_warp(_taken(0 * count + (UNITS - 1), below, IN_RUNS), first, count, warp, IN_RUNS)
     return held, tl.load(entries + block, mask=0 * block + (UNITS - 1) < count, other=0)
 
 
@@ -639,12 +664,23 @@ def attend_fragments(
     # where the unit lies that is read next, and that which was read last
     unit = 0 * count
     before = unit + (UNITS - 1) * UNIT_BYTES
-    # a warp's tokens are one run where there is a bias, of which 16 times 16 are a span
-    EACH: tl.constexpr = SPAN // 16 if HAS_BIAS else 1 << 30
-    for start in tl.range(0, count, EACH, num_stages=1):
+    # the first of a warp's two tokens in rows g and g + 8, of four among the values
+    first_token = token_of_row(thread)
+    value_token = t
+    if HAS_BIAS:
+        above = (0.0 * top0,) * 4
+        # units from the one in turn to the one that is copied next
+        ahead = (0 * count,) * UNITS
+        for j in tl.static_range(0, UNITS):
+            ahead = ahead[1:] + (_taken(0 * count + j, _below_middle(0, count), True),)
+    # a warp's tokens are one run where there is a bias
+    STEP: tl.constexpr = EACH if HAS_BIAS else 1 << 30
+    for start in tl.range(0, count, STEP, num_stages=1):
         if HAS_BIAS:
+            below_middle = _below_middle(start, count)
+            below_next = _below_middle(start + EACH, count)
             span = span_of_bias(
-                sinks + 64 * first + 16 * (warp * count + start),
+                sinks + 64 * first + 16 * (warp * count + start + below_middle),
                 bias[0],
                 bias[1],
                 bias[2],
@@ -654,10 +690,29 @@ def attend_fragments(
             )
             # read again behind it, where registers are short
             queries = _load_queries(q, t + zero_again(start + 0 * t), is_row, KEY_QUARTER)
-        for u in tl.range(start, tl.minimum(start + EACH, count), num_stages=1):
+        for u in tl.range(start, tl.minimum(start + STEP, count), num_stages=1):
+            if HAS_BIAS:
+                # units on both sides of the middle are mirrored, and have their bias together
+                is_below = u & 1 == 0
+                b0, b1, b2, b3 = above
+                if is_below:
+                    above, below = bias_beside((u - start) >> 1, span, bias_table, FAST)
+                    b0, b1, b2, b3 = below
+                first_token = token_of_row(thread) ^ tl.where(is_below, 7, 0)
+                value_token = t ^ tl.where(is_below, 3, 0)
+                in_turn = ahead[0]
+                copied = ahead[UNITS - 1]
+                following = u + UNITS + 0 * count
+                is_next = following >= start + EACH
+                ahead = ahead[1:] + (_taken(following, tl.where(is_next, below_next, below_middle), True),)
+                asked = ahead[UNITS - 1]
+            else:
+                in_turn = u
+                copied = u + (UNITS - 1)
+                asked = u + UNITS
             await_copies(thread, UNITS - 2)
             # all threads of the warp are done with what was read last
-            _, token = _share_of_warp(u + (UNITS - 1), first, count, warp, HAS_BIAS)
+            _, token = _share_of_warp(copied, first, count, warp, HAS_BIAS)
             _begin_unit(
                 held + before,
                 anchor,
@@ -675,10 +730,10 @@ def attend_fragments(
                 IS_MIXED,
                 UNIT_BYTES,
             )
-            block, _ = _share_of_warp(u + UNITS, first, count, warp, HAS_BIAS)
+            block, _ = _share_of_warp(asked, first, count, warp, HAS_BIAS)
             entry = tl.load(entries + block, mask=0 * block + (u + UNITS) < count, other=0)
-            block, token = _share_of_warp(u, first, count, warp, HAS_BIAS)
-            keys = _held_keys(held + unit, thread, SCALES_AT, KEY_BITS_AT, KEY_QUARTER, KEY_PLANES)
+            block, token = _share_of_warp(in_turn, first, count, warp, HAS_BIAS)
+            keys = _held_keys(held + unit, thread, first_token, SCALES_AT, KEY_BITS_AT, KEY_QUARTER, KEY_PLANES)
             own_key_table = key_table
             own_value_table = value_table
             if IS_MIXED:
@@ -701,8 +756,10 @@ def attend_fragments(
                 is_pure=True,
                 pack=1,
             )
-            scales = shared_words(held + (unit + (SCALES_AT + 32)) + 2 * token_of_row(thread), 2, 16, 2)
-            values = _held_values(held + unit, thread, VALUES_AT, VALUE_BITS_AT, VALUE_QUARTER, VALUE_PLANES)
+            scales = shared_words(held + (unit + (SCALES_AT + 32)) + 2 * first_token, 2, 16, 2)
+            values = _held_values(
+                held + unit, thread, value_token, VALUES_AT, VALUE_BITS_AT, VALUE_QUARTER, VALUE_PLANES
+            )
             k0 = lower_half(keys[2 * KEYS])
             k1 = lower_half(keys[2 * KEYS + 1])
             v0 = lower_half(scales[0])
@@ -717,7 +774,6 @@ def attend_fragments(
                 s2 += mean0
                 s3 += mean1
             if HAS_BIAS:
-                b0, b1, b2, b3 = bias_in_span(u - start, span, bias_table, FAST)
                 s0 += b0 * bias_scale[0]
                 s1 += b1 * bias_scale[1]
                 s2 += b2 * bias_scale[0]
@@ -727,7 +783,7 @@ def attend_fragments(
             s2 = capped(s2, softcap, HAS_SOFTCAP)
             s3 = capped(s3, softcap, HAS_SOFTCAP)
             if IS_CAUSAL:
-                at = sinks + 64 * block + token + token_of_row(thread)
+                at = sinks + 64 * block + token + first_token
                 s0 = tl.where(at <= position[0], s0, float("-inf"))
                 s1 = tl.where(at <= position[1], s1, float("-inf"))
                 s2 = tl.where(at + 8 <= position[0], s2, float("-inf"))
@@ -760,6 +816,9 @@ def attend_fragments(
             v0 *= i0
             v1 *= i1
             weights = (transposed(packed(w0 * v0, w1 * v0)), transposed(packed(w2 * v1, w3 * v1)))
+            if HAS_BIAS:
+                # rows 2 t and 2 t + 1 of mirrored tokens are 7 - t and 3 - t
+                weights = (halves_swapped(weights[0], is_below), halves_swapped(weights[1], is_below))
             VALUE_ASSEMBLY: tl.constexpr = piece(_VALUES, 0, VALUE_PLANES, VALUE_QUARTER)
             VALUE_CONSTRAINTS: tl.constexpr = piece(_VALUES, 1, VALUE_PLANES, VALUE_QUARTER)
             sums = tl.inline_asm_elementwise(

@@ -58,7 +58,14 @@ from turboquant.ops.attend.parts import (
     turned_back,
 )
 from turboquant.ops.attend.rows import merge_rows, prepare_rows
-from turboquant.ops.attend.terms import PAIRS, keep_touched, load_means, store_bias_of_tail, touch_tables
+from turboquant.ops.attend.terms import (
+    PAIRS,
+    keep_touched,
+    load_means,
+    store_bias_of_tail,
+    touch_coefficients,
+    touch_tables,
+)
 from turboquant.ops.devices import capability, is_interpreted, multiprocessors, shared_memory
 from turboquant.ops.unpack.kernel import decode_fields, load_codes
 from turboquant.ops.unpack.kernel import tables as decoder_tables
@@ -540,15 +547,18 @@ def _attend_split(
     more programs, or, where all programs take blocks, of those that get fewer. The weight of a token is its value's
     scale times exp(score); the top is that of the weights.
     """
-    # first of all: the launch before is short, and what follows waits for memory, which is asked for at once
-    join_launches(OVERLAPS)
     split = tl.program_id(0)
     bg = tl.program_id(1)
     b = bg // groups
     rows = heads_per_group * tokens
     if IN_FRAGMENTS and HAS_BIAS:
+        # which no launch writes
+        touched = touch_tables(frequencies, bias_table, bias_series, PAIRS_PADDED, FAST)
+    # all else waits for memory, which is asked for at once: the launch before is short
+    join_launches(OVERLAPS)
+    if IN_FRAGMENTS and HAS_BIAS:
         own_rows = coefficients + bg.to(tl.int64) * rows * (2 * PAIRS_PADDED)
-        touched = touch_tables(frequencies, bias_table, bias_series, own_rows, rows, PAIRS_PADDED, FAST)
+        touched ^= touch_coefficients(own_rows, rows, PAIRS_PADDED)
     r = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     is_row = r < rows
     at = bg.to(tl.int64) * rows + r
@@ -568,6 +578,21 @@ def _attend_split(
     entries = table + b.to(tl.int64) * table_stride
     KEYS_AT: tl.constexpr = 128 + (2 * KEY_DIM if HAS_MEANS else 0)
     if IN_FRAGMENTS:
+        # of thread (g, t) row g, then rows 2 t and 2 t + 1, see `attend_fragments`
+        thread = tl.arange(0, 32 * 4)
+        first_row = bg.to(tl.int64) * rows
+        is_own = thread % 32 // 4 < rows
+        own = first_row + tl.where(is_own, thread % 32 // 4, 0)
+        even = tl.minimum(thread % 4 * 2, rows - 1)
+        odd = tl.minimum(thread % 4 * 2 + 1, rows - 1)
+        own_coefficients = coefficients + own * (2 * PAIRS_PADDED)
+        own_scale, _, _ = row_factors(factor, own, is_own, scale, bias_scaling, HAS_BIAS, HAS_SOFTCAP)
+        even_scale, even_bias_scale, even_constant = row_factors(
+            factor, first_row + even, True, scale, bias_scaling, HAS_BIAS, HAS_SOFTCAP
+        )
+        odd_scale, odd_bias_scale, odd_constant = row_factors(
+            factor, first_row + odd, True, scale, bias_scaling, HAS_BIAS, HAS_SOFTCAP
+        )
         begun = begin_units(
             anchor,
             entries,
@@ -608,21 +633,6 @@ def _attend_split(
             ask_for_tail(value_tail + bg.to(tl.int64) * slots * VALUE_DIM, first_slot, end_slot, VALUE_DIM)
         if HAS_BIAS:
             keep_touched(touched, frequencies)
-        # of thread (g, t) row g, then rows 2 t and 2 t + 1, see `attend_fragments`
-        thread = tl.arange(0, 32 * 4)
-        first_row = bg.to(tl.int64) * rows
-        is_own = thread % 32 // 4 < rows
-        own = first_row + tl.where(is_own, thread % 32 // 4, 0)
-        even = tl.minimum(thread % 4 * 2, rows - 1)
-        odd = tl.minimum(thread % 4 * 2 + 1, rows - 1)
-        own_coefficients = coefficients + own * (2 * PAIRS_PADDED)
-        own_scale, _, _ = row_factors(factor, own, is_own, scale, bias_scaling, HAS_BIAS, HAS_SOFTCAP)
-        even_scale, even_bias_scale, even_constant = row_factors(
-            factor, first_row + even, True, scale, bias_scaling, HAS_BIAS, HAS_SOFTCAP
-        )
-        odd_scale, odd_bias_scale, odd_constant = row_factors(
-            factor, first_row + odd, True, scale, bias_scaling, HAS_BIAS, HAS_SOFTCAP
-        )
         # both are multiplied together
         constants = (
             even_constant / tl.where(even_bias_scale != 0, even_bias_scale, 1.0),
@@ -630,7 +640,6 @@ def _attend_split(
         )
         even_terms = terms + (first_row + even) * terms_stride
         odd_terms = terms + (first_row + odd) * terms_stride
-    row_scale, bias_scale, constant = row_factors(factor, at, is_row, scale, bias_scaling, HAS_BIAS, HAS_SOFTCAP)
 
     if split < splits:
         to_part = to + split * rows
@@ -680,6 +689,9 @@ def _attend_split(
                 UNITS,
             )
         else:
+            row_scale, bias_scale, constant = row_factors(
+                factor, at, is_row, scale, bias_scaling, HAS_BIAS, HAS_SOFTCAP
+            )
             q0, q1, q2, q3 = rotated_quarters(q, at, is_row, KEY_QUARTER_PADDED)
             found = _attend_blocks(
                 anchor,
@@ -761,6 +773,7 @@ def _attend_split(
                 FAST,
             )
             tl.debug_barrier()  # other threads read what these have stored
+        row_scale, bias_scale, constant = row_factors(factor, at, is_row, scale, bias_scaling, HAS_BIAS, HAS_SOFTCAP)
         found = _attend_tail(
             key_tail + bg.to(tl.int64) * slots * KEY_DIM,
             value_tail + bg.to(tl.int64) * slots * VALUE_DIM,
@@ -894,6 +907,9 @@ def attend_packed(
         halves,
         factor,
         coefficients,
+        packed.table,
+        packed.table.stride(0),
+        most_blocks,
         groups,
         heads_per_group,
         tokens,
@@ -906,6 +922,7 @@ def attend_packed(
         PAIRS_PADDED=pairs_padded,
         INTERLEAVED=bias is not None and bias.interleaved,
         CHUNK=_CHUNK,
+        ON_GPU=not is_interpreted(),
         **overlapping,
     )
     tails = -(-(slots - packed.sinks) // BLOCK_TOKENS) - (-packed.sinks // BLOCK_TOKENS)

@@ -16,8 +16,10 @@ def names(first: int, count: int) -> list[str]:
 
 
 def multiply(to: Sequence[str], a: Sequence[str], b: Sequence[str]) -> str:
+    """Adds a product whose inner axis is 8 for each word of `b`, of which there are one or two."""
     c = "{" + ", ".join(to) + "}"
-    return f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {c}, {{{', '.join(a)}}}, {{{', '.join(b)}}}, {c};"
+    shape = f"m16n8k{8 * len(b)}.row.col.f32.f16.f16.f32"
+    return f"mma.sync.aligned.{shape} {c}, {{{', '.join(a)}}}, {{{', '.join(b)}}}, {c};"
 
 
 @triton.constexpr_function
@@ -34,7 +36,8 @@ def token_of_row(thread):
     """Which of 16 tokens thread (g, t) has in row g of a product; row g + 8 is the eighth token behind it.
 
     Rows 2 t and 2 t + 1 are tokens t and t + 4: the four that a thread takes of the values then lie apart by as many
-    tokens, and threads that read shared memory at once meet no bank twice.
+    tokens, and threads that read shared memory at once meet no bank twice. Where tokens are taken in mirrored order
+    it is that one XOR 7 (`terms.bias_beside`).
     """
     g = thread % 32 // 4
     return g // 2 + g % 2 * 4
@@ -232,6 +235,15 @@ def from_thread(x, lane):
     """What a thread of the warp has, float32, by its number."""
     return tl.inline_asm_elementwise(
         "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;", "=f,f,r", [x, lane], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def halves_swapped(word, is_wanted):
+    """A word whose halves have changed places, where that is wanted."""
+    selector = tl.where(is_wanted, 0x1032, 0x3210)
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $1, $2;", "=r,r,r", [word, selector], dtype=tl.int32, is_pure=True, pack=1
     )
 
 

@@ -151,14 +151,28 @@ def ask_for_tail(base, first_slot, end_slot, DIM: tl.constexpr):
     for start in tl.static_range(0, 64 * BYTES, 128 * 128):
         at = first_slot * BYTES + start + own
         is_there = (at < end_slot * BYTES) & (start + own < 64 * BYTES)
-        tl.inline_asm_elementwise(
-            "{.reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0;}",
-            "=r,l,r",
-            [(base.to(tl.pointer_type(tl.int8)) + at).to(tl.int64), is_there.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+        _ask_for(base.to(tl.pointer_type(tl.int8)) + at, is_there)
+
+
+@triton.jit
+def ask_for_entries(entries, start, count, step):
+    """Have the L2 read entries of a block table, [start, count), 16 a thread and so many from one time to the next."""
+    own = tl.arange(0, 128) * 16
+    for at in tl.range(start, count, step, num_stages=1):
+        _ask_for(entries + at + own, at + own < count)
+
+
+@triton.jit
+def _ask_for(pointer, is_there):
+    """Have the L2 read the 128 bytes that a pointer lies in."""
+    tl.inline_asm_elementwise(
+        "{.reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0;}",
+        "=r,l,r",
+        [pointer.to(tl.int64), is_there.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit

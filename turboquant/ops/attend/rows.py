@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from turboquant.ops.attend.parts import join_launches
+from turboquant.ops.attend.parts import ask_for_entries, join_launches
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def _inverse(length):
     return tl.where(length != length, length, inverse)
 
 
-@triton.jit(do_not_specialize=["groups", "heads_per_group", "tokens"])
+@triton.jit(do_not_specialize=["table_stride", "most_blocks", "groups", "heads_per_group", "tokens"])
 def prepare_rows(
     q,
     q_batch_stride,
@@ -68,6 +68,9 @@ def prepare_rows(
     out_half,
     out_factor,
     out_coefficients,
+    table,
+    table_stride,
+    most_blocks,
     groups,
     heads_per_group,
     tokens,
@@ -81,11 +84,13 @@ def prepare_rows(
     INTERLEAVED: tl.constexpr,
     CHUNK: tl.constexpr,
     OVERLAPS: tl.constexpr,
+    ON_GPU: tl.constexpr,
 ):
     """One query row: CHUNK coordinates of it rotated to length 1, each quarter padded; HAS_HALVES: as float16, too.
 
     Its length comes from the first chunk's program, or, where there is a key bias (PAIRS at least 0), from one behind
-    the last, with its share of that.
+    the last, with its share of that. What the next launch waits for first, the entries of `most_blocks` blocks, is
+    asked for on the way.
     """
     row = tl.program_id(0)
     bg = tl.program_id(1)
@@ -97,6 +102,9 @@ def prepare_rows(
     head = g * heads_per_group + row // tokens
     source = q + b.to(tl.int64) * q_batch_stride + head.to(tl.int64) * q_head_stride
     source += (row % tokens).to(tl.int64) * q_token_stride
+    if ON_GPU:
+        if (start == 0) & (g == 0):
+            ask_for_entries(table + b.to(tl.int64) * table_stride, row * (128 * 16), most_blocks, rows * (128 * 16))
     if start < 4 * QUARTER_PADDED:
         d = tl.arange(0, DIM_PADDED)
         p = start + tl.arange(0, CHUNK)

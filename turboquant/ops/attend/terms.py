@@ -1,9 +1,12 @@
 """Key terms of up to 8 query rows: what block means and the key bias add to scores.
 
-The bias turns with the position. What it adds within a span of 256 positions is one product of matrices: the cosines
-and sines of its quickly turning pairs, and 16 Chebyshev polynomials of the position, which stand for all others
+The bias turns with the position. What it adds within a span of at most 256 positions is one product of matrices: the
+cosines and sines of its quickly turning pairs, and 16 Chebyshev polynomials of the position, which stand for all others
 (BiasTables.fast says which), times the query's coefficients, turned to the middle of the span. Those of the polynomials
 are a product of the others' with a matrix that never changes.
+
+Functions of the position are even or odd. Products with either are found apart: their sum is the bias at a position
+behind the middle, their difference at the mirrored one. So 32 tokens take what 16 would else, half of it loads.
 
 Every tensor has one element for each thread (see lanes.py). Products that give the bias have tokens in their rows, as
 the scores', and in column g the coefficients of query row g: high and low parts apart. Those that give means' scores
@@ -27,28 +30,24 @@ from turboquant.ops.attend.lanes import (
 from turboquant.ops.attend.parts import place, turned_back
 
 HALF_SPAN = tl.constexpr(SPAN_TOKENS // 2)
-PAIRS = (16, 32, 64)  # padded, that are served: operands of more would not fit the registers
+PAIRS = (16, 32, 64, 128)  # padded, that are served
 
 
-def _table_times(products: int, operands: int) -> tuple[str, str]:
-    """16 rows of a table times the coefficients of the query rows: assembly and its constraints.
+def _series_times(operands: int) -> tuple[str, str]:
+    """The series' factors times the coefficients of the query rows: assembly and its constraints.
 
-    Outputs: row g of the table in query rows 2 t and 2 t + 1, then its row g + 8. Inputs: address of what this thread
-    reads of the table's `operands` operands first; for each product of row g's coefficients the high and low part of
-    one word, then of the other. Products of low parts alone are left out: they are below float32's digits of the
-    others.
+    Outputs: row g in query rows 2 t and 2 t + 1, then row g + 8. Inputs: address of what this thread reads of the first
+    operand; for each operand of row g's coefficients the high and low part of one word, then of the other. Products of
+    low parts alone are left out: they are below float32's digits of the others.
     """
-    b = names(5, 4 * products)
-    low_at = 512 * products * operands  # bytes behind the high parts
+    b = names(5, 4 * operands)
+    low_at = 512 * operands  # bytes behind the high parts
     # a sum for each kind of product, for a product waits for the one before
     sums = [[f"c{4 * j + i}" for i in range(4)] for j in range(3)]
     lines = [".reg .b32 a<8>;", ".reg .f32 c<12>;", *(f"mov.f32 c{i}, 0f00000000;" for i in range(12))]
-    for j in range(products):
-        for part in range(2):
-            to = ", ".join(f"a{4 * part + i}" for i in range(4))
-            lines.append(f"ld.global.nc.v4.b32 {{{to}}}, [$4 + {512 * j + low_at * part}];")
+    for j in range(operands):
         high, low = b[4 * j : 4 * j + 4 : 2], b[4 * j + 1 : 4 * j + 4 : 2]
-        table = tuple(tuple(f"a{4 * part + i}" for i in range(4)) for part in range(2))
+        table = [_loaded(f"a{4 * part}", 512 * j + low_at * part, 4, lines) for part in range(2)]
         lines += [
             multiply(sums[0], table[0], high),
             multiply(sums[1], table[0], low),
@@ -57,6 +56,47 @@ def _table_times(products: int, operands: int) -> tuple[str, str]:
     lines += [f"add.f32 c{i + 4}, c{i + 4}, c{i + 8};" for i in range(4)]
     lines += [f"add.f32 ${i}, c{i}, c{i + 4};" for i in range(4)]
     return "{\n" + "\n".join(lines) + "\n}", ",".join(["=f"] * 4 + ["l"] + ["r"] * len(b))
+
+
+def _loaded(first: str, offset: int, address: int, lines: list[str]) -> list[str]:
+    """Four registers, from `first` on, that hold 16 bytes behind the address in that operand."""
+    letter, number = first[0], int(first[1:])
+    registers = [f"{letter}{number + i}" for i in range(4)]
+    lines.append(f"ld.global.nc.v4.b32 {{{', '.join(registers)}}}, [${address} + {offset}];")
+    return registers
+
+
+def _span_times(operands: int) -> tuple[str, str]:
+    """16 rows of BiasTables.spans times the coefficients of the query rows: assembly and its constraints.
+
+    Outputs: of row g what even and odd functions add up to in query rows 2 t and 2 t + 1, then of row g + 8; then the
+    same of their difference. Inputs: address of what this thread reads of the first of so many operands; words of row
+    g's coefficients, of even functions, then of odd ones, high and low part of each.
+    """
+    words = [names(9 + 2 * operands * i, 2 * operands) for i in range(2)]
+    low_at = 8 * 512 * operands  # bytes behind the high parts
+    whole = operands // 2
+    lines = [f".reg .b32 a<{8 * operands}>;", ".reg .f32 c<16>;", *(f"mov.f32 c{i}, 0f00000000;" for i in range(16))]
+    # asked for together
+    table = [
+        [_loaded(f"a{8 * j + 4 * part}", 512 * j + low_at * part, 8, lines) for part in range(2)]
+        for j in range(operands)
+    ]
+    for i in range(operands - whole):
+        for odd in range(2):
+            if i < whole:
+                own = table[whole * odd + i]
+                high, low = (words[odd][4 * i + part : 4 * i + part + 4 : 2] for part in range(2))
+            else:
+                own = [operand[2 * odd : 2 * odd + 2] for operand in table[-1]]
+                high, low = ([words[odd][4 * i + part]] for part in range(2))
+            # two sums of either, for a product waits for the one before
+            most, rest = ([f"c{8 * odd + 4 * j + k}" for k in range(4)] for j in range(2))
+            lines += [multiply(most, own[0], high), multiply(rest, own[0], low), multiply(rest, own[1], high)]
+    lines += [f"add.f32 c{8 * odd + k}, c{8 * odd + k}, c{8 * odd + 4 + k};" for odd in range(2) for k in range(4)]
+    lines += [f"add.f32 ${k}, c{k}, c{8 + k};" for k in range(4)]
+    lines += [f"sub.f32 ${4 + k}, c{k}, c{8 + k};" for k in range(4)]
+    return "{\n" + "\n".join(lines) + "\n}", ",".join(["=&f"] * 8 + ["l"] + ["r"] * (4 * operands))
 
 
 def _mean_scores(dim: int) -> tuple[str, str]:
@@ -78,10 +118,10 @@ def _mean_scores(dim: int) -> tuple[str, str]:
     return "{\n" + "\n".join(lines) + "\n}", ",".join(["=f"] * 2 + ["r"] * (6 * products))
 
 
-# By products: those of a span's operands, and of the one that the series has.
+# By operands.
 _MOST = PAIRS[-1] // PAIRS_TOGETHER
-_BIAS = tl.constexpr({(n,): _table_times(n, SPAN_TOKENS // 16) for n in range(1, _MOST + 2)})
-_SERIES = tl.constexpr({(n,): _table_times(n, 1) for n in range(1, _MOST + 1)})
+_BIAS = tl.constexpr({(n,): _span_times(n) for n in range(1, _MOST + 2)})
+_SERIES = tl.constexpr({(n,): _series_times(n) for n in range(1, _MOST + 1)})
 _MEANS = tl.constexpr({(dim,): _mean_scores(dim) for dim in (64, 128, 256)})
 
 
@@ -93,8 +133,9 @@ def zero_again(x):
 
 @triton.jit
 def _turned_quickly(position, frequency):
-    """cos and sin of position * frequency, as `turned` gives them, by instructions of lower accuracy: 5e-7."""
-    x = ((position.to(tl.int64) * frequency) >> 32).to(tl.int32).to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2^32
+    """cos and sin of (position - 1/2) * frequency, as `turned` gives them, by instructions of lower accuracy: 5e-7."""
+    turns = (position.to(tl.int64) * frequency - (frequency >> 1)) >> 32
+    x = turns.to(tl.int32).to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2^32
     return tl.inline_asm_elementwise(
         "cos.approx.ftz.f32 $0, $2; sin.approx.ftz.f32 $1, $2;",
         "=&f,=f,f",
@@ -226,19 +267,25 @@ def _touch(pointer, is_wanted):
 
 
 @triton.jit
-def touch_tables(frequencies, spans, series, coefficients, rows, PAIRS_PADDED: tl.constexpr, FAST: tl.constexpr):
-    """Have the L1 read what the bias of the first tokens is made of, in lines of 128 bytes: the coefficients of `rows`
-    query rows, the tables, and of `spans` what 64 tokens take.
+def touch_tables(frequencies, spans, series, PAIRS_PADDED: tl.constexpr, FAST: tl.constexpr):
+    """Have the L1 read the tables that the bias of the first tokens is made of, in lines of 128 bytes; of `spans` what
+    64 tokens take.
     """
     thread = tl.arange(0, 32 * 4)
     line = thread % 64
-    PRODUCTS: tl.constexpr = FAST // 8 + 1
-    part = tl.where(thread < 64, 0, HALF_SPAN // 8 * 256 * PRODUCTS)  # the low parts lie behind the high ones
-    found = _touch(spans + part + line * 64, line < min(16 * PRODUCTS, 64))
-    # both parts of the series, at most 64 lines; frequencies, at most 4, and at most 32 of coefficients
+    OPERANDS: tl.constexpr = FAST // 8 + 1
+    part = tl.where(thread < 64, 0, 8 * 256 * OPERANDS)  # the low parts lie behind the high ones
+    found = _touch(spans + part + line * 64, line < min(8 * OPERANDS, 64))
+    # both parts of the series, at most 64 lines, and frequencies, at most 4
     found ^= _touch(series + line * 64, (thread < 64) & (line < (PAIRS_PADDED - FAST) // 8 * 8))
-    found ^= _touch(frequencies + (line - 32) * 16, (thread >= 96) & (line - 32 < PAIRS_PADDED // 16))
-    return found ^ _touch(coefficients + line * 32, (thread >= 64) & (line < rows * (PAIRS_PADDED // 16)))
+    return found ^ _touch(frequencies + (line - 32) * 16, (thread >= 96) & (line - 32 < PAIRS_PADDED // 16))
+
+
+@triton.jit
+def touch_coefficients(coefficients, rows, PAIRS_PADDED: tl.constexpr):
+    """The same for the coefficients of `rows` query rows, at most 64 lines."""
+    line = tl.arange(0, 32 * 4)
+    return _touch(coefficients + line * 32, line < rows * (PAIRS_PADDED // 16))
 
 
 @triton.jit
@@ -255,22 +302,15 @@ def keep_touched(found, pointer):
 
 
 @triton.jit
-def _times_table(table, words, ASSEMBLY: tl.constexpr, CONSTRAINTS: tl.constexpr):
-    """See `_table_times`. table: where its first of 16 rows begin."""
+def _own_words(table):
+    """Where a thread's 16 bytes of an operand lie."""
     lane = tl.arange(0, 32 * 4) % 32
-    return tl.inline_asm_elementwise(
-        ASSEMBLY,
-        CONSTRAINTS,
-        ((table + lane * 8).to(tl.int64),) + words,
-        dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
-        is_pure=True,
-        pack=1,
-    )
+    return (table + lane * 8).to(tl.int64)
 
 
 @triton.jit
 def span_of_bias(
-    position,
+    middle,
     coefficients,
     frequencies,
     series,
@@ -278,37 +318,41 @@ def span_of_bias(
     PAIRS_PADDED: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """What `bias_in_span` wants of the 256 positions from `position` on.
+    """What `bias_beside` wants of the 128 positions from `middle` on and the 128 before.
 
     coefficients: [128], of thread (g, t)'s row g, see `prepare_rows`; constant: what its rows 2 t and 2 t + 1 add at
     any position, a pair of [128].
     """
     lane = tl.arange(0, 32 * 4) % 32
     # what is loaded here would else be kept in registers throughout a loop over spans
-    hidden = zero_again(position)
+    hidden = zero_again(middle)
     t = lane % 4 + hidden
     # an angle is the same in all rows: each thread finds those of every 32nd pair
     EVERY: tl.constexpr = min(PAIRS_PADDED, 32)
     angles = ()
     for i in tl.static_range(0, PAIRS_PADDED, EVERY):
         frequency = tl.load(frequencies + lane % EVERY + i + hidden)
-        angles = angles + (_turned_quickly(position + HALF_SPAN, frequency),)
-    fast = ()
+        angles = angles + (_turned_quickly(middle, frequency),)
+    even = ()
+    odd = ()
     slow = ()
     for j in tl.static_range(0, PAIRS_PADDED, 8):
         along_cos = two_floats(tl.load((coefficients + 2 * t + j).to(tl.pointer_type(tl.int64))))
         along_sin = two_floats(tl.load((coefficients + 2 * t + (j + PAIRS_PADDED)).to(tl.pointer_type(tl.int64))))
-        words = ()
-        for k in tl.static_range(0, 2):
-            from_lane = lane % 4 * 2 + (j % EVERY + k)
-            by_cos = from_thread(angles[j // EVERY][0], from_lane)
-            by_sin = from_thread(angles[j // EVERY][1], from_lane)
-            cos, sin = turned_back(along_cos[k], along_sin[k], by_cos, by_sin)
-            words = words + high_and_low(cos, sin)
+        PART: tl.constexpr = j // EVERY
+        from_lane = lane % 4 * 2 + j % EVERY
+        cos, sin = from_thread(angles[PART][0], from_lane), from_thread(angles[PART][1], from_lane)
+        cos0, sin0 = turned_back(along_cos[0], along_sin[0], cos, sin)
+        from_lane += 1
+        cos, sin = from_thread(angles[PART][0], from_lane), from_thread(angles[PART][1], from_lane)
+        cos1, sin1 = turned_back(along_cos[1], along_sin[1], cos, sin)
+        by_cos = high_and_low(cos0, cos1)
+        by_sin = high_and_low(sin0, sin1)
         if j < FAST:
-            fast = fast + words
+            even = even + by_cos
+            odd = odd + by_sin
         else:
-            slow = slow + words
+            slow = slow + by_cos + by_sin
     s0 = tl.where(lane < 4, constant[0], 0.0)
     s1 = tl.where(lane < 4, constant[1], 0.0)
     s2 = 0.0 * s0
@@ -316,24 +360,56 @@ def span_of_bias(
     if FAST < PAIRS_PADDED:
         ASSEMBLY: tl.constexpr = piece(_SERIES, 0, (PAIRS_PADDED - FAST) // 8)
         CONSTRAINTS: tl.constexpr = piece(_SERIES, 1, (PAIRS_PADDED - FAST) // 8)
-        c0, c1, s2, s3 = _times_table(series + hidden, slow, ASSEMBLY, CONSTRAINTS)
+        c0, c1, s2, s3 = tl.inline_asm_elementwise(
+            ASSEMBLY,
+            CONSTRAINTS,
+            (_own_words(series + hidden),) + slow,
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
         s0 += c0
         s1 += c1
-    # degrees were rows and are to be the inner axis
-    high0, low0 = high_and_low(s0, s1)
-    high1, low1 = high_and_low(s2, s3)
-    return fast + (transposed(high0), transposed(low0), transposed(high1), transposed(low1))
+    # degrees were rows, even ones first, and are to be the inner axis
+    by_even = high_and_low(s0, s1)
+    by_odd = high_and_low(s2, s3)
+    even = even + (transposed(by_even[0]), transposed(by_even[1]))
+    return even + odd + (transposed(by_odd[0]), transposed(by_odd[1]))
+
+
+@triton.jit
+def bias_beside(i, span, table, FAST: tl.constexpr):
+    """What the bias adds, but for `bias_scale`, on either side of the middle of a span. table: BiasTables.spans.
+
+    With r = token_of_row: in rows 2 t and 2 t + 1 of token 16 i + r behind the middle, and of the eighth behind that.
+    Then of the tokens 16 i + 15 and 16 i + 7 before it, but for r XOR 7: the units of 16 tokens on both sides are
+    mirrored.
+    """
+    ASSEMBLY: tl.constexpr = piece(_BIAS, 0, FAST // 8 + 1)
+    CONSTRAINTS: tl.constexpr = piece(_BIAS, 1, FAST // 8 + 1)
+    found = tl.inline_asm_elementwise(
+        ASSEMBLY,
+        CONSTRAINTS,
+        (_own_words(table + i * (256 * (FAST // 8 + 1))),) + span,
+        dtype=(tl.float32,) * 8,
+        is_pure=True,
+        pack=1,
+    )
+    return found[:4], (found[6], found[7], found[4], found[5])
 
 
 @triton.jit
 def bias_in_span(i, span, table, FAST: tl.constexpr):
-    """What the bias adds to token 16 i + token_of_row of a span in rows 2 t and 2 t + 1, and to the eighth behind it,
-    but for `bias_scale`. table: BiasTables.spans.
+    """Which of tokens 16 i to 16 i + 15 of a span of 256 a thread has, with the eighth behind it, and what the bias
+    adds there, see `bias_beside`. The span's middle is that of the 256.
     """
-    PRODUCTS: tl.constexpr = FAST // 8 + 1
-    ASSEMBLY: tl.constexpr = piece(_BIAS, 0, PRODUCTS)
-    CONSTRAINTS: tl.constexpr = piece(_BIAS, 1, PRODUCTS)
-    return _times_table(table + i * (256 * PRODUCTS), span, ASSEMBLY, CONSTRAINTS)
+    is_below = i < 8
+    above, below = bias_beside(tl.where(is_below, 7 - i, i - 8), span, table, FAST)
+    token = token_of_row(tl.arange(0, 32 * 4)) ^ tl.where(is_below, 7, 0)
+    found = ()
+    for j in tl.static_range(0, 4):
+        found = found + (tl.where(is_below, below[j], above[j]),)
+    return token, found
 
 
 @triton.jit
@@ -381,16 +457,14 @@ def store_bias_of_tail(
             start = first_slot + tl.where(in_ring, turns - run * ring, 0)
             newer = warp
             older = warp
-        span = span_of_bias(start + 0 * thread, coefficients, frequencies, series, constant, PAIRS_PADDED, FAST)
-        n0, n1, n2, n3 = bias_in_span(tl.minimum(newer, 15), span, table, FAST)
-        o0, o1, o2, o3 = bias_in_span(tl.maximum(older, 0), span, table, FAST)
-        slot = first_slot + warp * 16 + token_of_row(thread)
-        row = thread % 4 * 2
-        is_newer = slot - sinks < behind
-        is_there = (slot < end_slot) & ((is_newer.to(tl.int32) + run == 1) | (runs + 0 * slot == 1))
-        tl.store(out[0] + slot, tl.where(is_newer, n0, o0) * bias_scale[0], mask=is_there & (row < rows))
-        tl.store(out[1] + slot, tl.where(is_newer, n1, o1) * bias_scale[1], mask=is_there & (row + 1 < rows))
-        is_newer = slot + 8 - sinks < behind
-        is_there = (slot + 8 < end_slot) & ((is_newer.to(tl.int32) + run == 1) | (runs + 0 * slot == 1))
-        tl.store(out[0] + slot + 8, tl.where(is_newer, n2, o2) * bias_scale[0], mask=is_there & (row < rows))
-        tl.store(out[1] + slot + 8, tl.where(is_newer, n3, o3) * bias_scale[1], mask=is_there & (row + 1 < rows))
+        middle = start + HALF_SPAN + 0 * thread
+        span = span_of_bias(middle, coefficients, frequencies, series, constant, PAIRS_PADDED, FAST)
+        for age in tl.static_range(0, 2):
+            unit = tl.minimum(newer, 15) if age == 0 else tl.maximum(older, 0)
+            token, found = bias_in_span(unit, span, table, FAST)
+            for j in tl.static_range(0, 4):
+                slot = first_slot + warp * 16 + token + 8 * (j // 2)
+                is_newer = slot - sinks < behind
+                is_there = (slot < end_slot) & ((is_newer.to(tl.int32) + run == 1) | (runs + 0 * slot == 1))
+                is_there &= (is_newer == (age == 0)) & (thread % 4 * 2 + j % 2 < rows)
+                tl.store(out[j % 2] + slot, found[j] * bias_scale[j % 2], mask=is_there)

@@ -19,6 +19,9 @@ from turboquant.codebook import embedded_codebook
 from turboquant.layout import BlockLayout
 from turboquant.ops.devices import is_interpreted
 
+# A byte-permute table of signs: 0x80 where bit 1 of a selector below 4 is set. 0x80800000, as int32.
+SIGNS = tl.constexpr(-0x7F800000)
+
 
 @dataclass(frozen=True)
 class DecoderRegisters:
@@ -27,7 +30,7 @@ class DecoderRegisters:
     Attributes:
         a, y1, y2: 4 bytes each of plane 0, 1 and 2. factor: of the 1-bit planes, 1 in the first half of them, 4 in
             the second.
-        high0, high1, low0, low1: the table's high and low bytes, 8 entries in 2 registers each. signs: 0x80808080.
+        high0, high1, low0, low1: the table's high and low bytes, 8 entries in 2 registers each. signs: `SIGNS`.
     """
 
     a: str
@@ -42,30 +45,26 @@ class DecoderRegisters:
 
 
 def _look_up(
-    inputs: DecoderRegisters, selectors: str, outputs: tuple[str, str, str, str], sign: str | None
+    inputs: DecoderRegisters, selectors: str, outputs: tuple[str, str, str, str], signs: str | None
 ) -> list[str]:
     """8 look-ups: nibble i of `selectors` is field f (i even) or f + 2 (i odd) of byte i // 2.
 
-    With `sign`, a register whose bits 4i + 3 are the signs, entries are magnitudes.
+    With `signs`, a register whose bits 4i + 1 are the signs and whose bits 4i + 2 and 4i + 3 are 0, entries are
+    magnitudes.
     """
     lines = [f"shr.u32 n, {selectors}, 16;"]
-    if sign is not None:
-        lines.append(f"shr.u32 g, {sign}, 16;")
-    for nibbles, signs, low, high in (
-        (selectors, sign, outputs[0], outputs[2]),
+    if signs is not None:
+        lines.append(f"shr.u32 g, {signs}, 16;")
+    for nibbles, own_signs, low, high in (
+        (selectors, signs, outputs[0], outputs[2]),
         ("n", "g", outputs[1], outputs[3]),
     ):
         lines += [
             f"prmt.b32 u, {inputs.high0}, {inputs.high1}, {nibbles};",
             f"prmt.b32 v, {inputs.low0}, {inputs.low1}, {nibbles};",
         ]
-        if sign is not None:
-            # a selector with bit 3 set gives the sign of the byte it selects, 0xFF for 0x80
-            lines += [
-                f"prmt.b32 w, {inputs.signs}, {inputs.signs}, {signs};",
-                "shl.b32 w, w, 1;",
-                "lop3.b32 u, u, w, 0x80808080, 0xF8;",
-            ]
+        if signs is not None:
+            lines += [f"prmt.b32 w, {inputs.signs}, {inputs.signs}, {own_signs};", "add.u32 u, u, w;"]
         lines += [f"prmt.b32 {low}, v, u, 0x6240;", f"prmt.b32 {high}, v, u, 0x7351;"]
     return lines
 
@@ -86,27 +85,30 @@ def decoder(planes: int, inputs: DecoderRegisters, outputs: Sequence[str]) -> st
         if first:
             lines.append(f"shr.u32 a, {inputs.a}, 2;")
             code = "a"
-        if planes == 1:
+        selectors = "s"
+        if planes < 3:
+            # the sign is a bit of the selector
             lines.append(f"and.b32 s, {code}, 0x33333333;")
         else:
+            lines.append(f"and.b32 t, {code}, 0x33333333;")
+        if planes >= 2:
             bit = "y"
             if first:
                 lines.append("shr.u32 b, y, 1;")
                 bit = "b"
-            kept = 0x33333333 if planes == 2 else 0x11111111
-            # 0xF8 = p | (q & r), the only combination of three that lop3 needs here
-            lines += [f"and.b32 t, {code}, {kept};", f"lop3.b32 s, t, {bit}, 0x44444444, 0xF8;"]
-        sign = None
-        if planes == 3:
-            lines += [f"shr.u32 c, z, {1 + first};", "lop3.b32 s, s, c, 0x22222222, 0xF8;"]
-            if first:
-                sign = inputs.a  # field 1's sign is bit 3 of its nibble as it lies
-            else:
-                lines.append(f"shl.b32 d, {inputs.a}, 2;")
-                sign = "d"
+        # lop3: 0xF8 is p | (q & r), 0xCA takes q where p is 1 and r elsewhere
+        if planes == 2:
+            lines.append(f"lop3.b32 s, s, {bit}, 0x44444444, 0xF8;")
+        elif planes == 3:
+            lines += [
+                f"shr.u32 c, z, {1 + first};",
+                f"lop3.b32 s, 0x44444444, {bit}, c, 0xCA;",
+                "lop3.b32 s, 0x66666666, s, t, 0xCA;",
+            ]
         at = 2 * first
-        lines += _look_up(inputs, "s", (outputs[at], outputs[at + 1], outputs[at + 4], outputs[at + 5]), sign)
-    return "{\n.reg .b32 a, b, c, d, g, n, s, t, u, v, w, y, z;\n" + "\n".join(lines) + "\n}"
+        of_fields = (outputs[at], outputs[at + 1], outputs[at + 4], outputs[at + 5])
+        lines += _look_up(inputs, selectors, of_fields, "t" if planes == 3 else None)
+    return "{\n.reg .b32 a, b, c, g, n, s, t, u, v, w, y, z;\n" + "\n".join(lines) + "\n}"
 
 
 # Operands of the decoder as an elementwise operation: every input but those of the tables comes once for 4 elements.
@@ -312,7 +314,7 @@ def decode_fields(
                 in_vector_register(tl.load(registers + 1)),
                 in_vector_register(tl.load(registers + 2)),
                 in_vector_register(tl.load(registers + 3)),
-                in_vector_register(-0x7F7F7F80),  # 0x80 in every byte
+                in_vector_register(SIGNS),
             ],
             dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
             is_pure=True,
