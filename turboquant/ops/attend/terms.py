@@ -339,12 +339,11 @@ def span_of_bias(
     for j in tl.static_range(0, PAIRS_PADDED, 8):
         along_cos = two_floats(tl.load((coefficients + 2 * t + j).to(tl.pointer_type(tl.int64))))
         along_sin = two_floats(tl.load((coefficients + 2 * t + (j + PAIRS_PADDED)).to(tl.pointer_type(tl.int64))))
-        PART: tl.constexpr = j // EVERY
         from_lane = lane % 4 * 2 + j % EVERY
-        cos, sin = from_thread(angles[PART][0], from_lane), from_thread(angles[PART][1], from_lane)
+        cos, sin = from_thread(angles[j // EVERY][0], from_lane), from_thread(angles[j // EVERY][1], from_lane)
         cos0, sin0 = turned_back(along_cos[0], along_sin[0], cos, sin)
         from_lane += 1
-        cos, sin = from_thread(angles[PART][0], from_lane), from_thread(angles[PART][1], from_lane)
+        cos, sin = from_thread(angles[j // EVERY][0], from_lane), from_thread(angles[j // EVERY][1], from_lane)
         cos1, sin1 = turned_back(along_cos[1], along_sin[1], cos, sin)
         by_cos = high_and_low(cos0, cos1)
         by_sin = high_and_low(sin0, sin1)
