@@ -161,6 +161,8 @@ FRAGMENTS: list[dict[str, Any]] = [
     {"has_bias": True, "sinks": 100, "key_dim": 64, "lengths": (300,)},
     {"has_bias": True, "sinks": 300, "key_dim": 64, "lengths": (600,)},
     {"window": 0, "sinks": 0, "queries": 8, "heads_per_group": 1, "lengths": (128,)},  # queries within a block
+    # the same in a unit below the middle of its span
+    {"has_bias": True, "window": 0, "sinks": 0, "queries": 8, "heads_per_group": 1, "lengths": (64,), "key_dim": 64},
     {"has_bias": True, "rotary_dim": 64, "softcap": 20.0},  # a constant on all tokens shows through a cap alone
     {"is_aged": True, "lengths": (700,)},
     # few tokens have all the weight: tops move by less than a weight may pass them, and by more than float16 holds
@@ -400,10 +402,17 @@ def test_units_of_a_span_are_taken_from_its_middle_on(device: str) -> None:
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 # the ring of recent tokens is as wide as one span takes, and wider; its turn ends at slot 8, 0 and 1 of 16
 @pytest.mark.parametrize(
-    ("base", "window", "length"), [(10.0, 128, 700), (6e4, 128, 700), (6e4, 176, 724), (6e4, 192, 517)]
+    ("base", "window", "length", "dim"),
+    [(10.0, 128, 700, 128), (6e4, 128, 700, 128), (6e4, 176, 724, 128), (6e4, 192, 517, 128), (1e6, 128, 420, 256)],
 )
 def test_the_bias_of_every_token(
-    base: float, window: int, length: int, device: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    base: float,
+    window: int,
+    length: int,
+    dim: int,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     """Key terms before a softmax hides their digits. At base 10 no pair turns slowly."""
     if device == "cpu":
@@ -420,7 +429,9 @@ def test_the_bias_of_every_token(
             return launch
 
     monkeypatch.setattr(kernel, "_attend_split", Launched())
-    case = Case(groups=1, lengths=(length,), window=window, has_bias=True, has_means=False, dtype=torch.float32)
+    case = Case(
+        groups=1, lengths=(length,), window=window, has_bias=True, has_means=False, key_dim=dim, dtype=torch.float32
+    )
     layer = make_layer(case, device)
     frequencies = base ** -torch.linspace(0, 1, case.key_dim // 2, dtype=torch.float64, device=device)
     key_bias = KeyBias(layer.key_bias.bias, frequencies.float(), 1.0, False)
@@ -579,7 +590,7 @@ def test_pairs_in_no_order_are_all_fast() -> None:
 
 def test_pairs_that_turn_by_half_a_turn_are_refused() -> None:
     """Half of their angle, which the middle of a span takes, would be one of two."""
-    with pytest.raises(ValueError, match=r"4 radians a position.*less than pi"):
+    with pytest.raises(OptionError, match=r"4 radians a position.*less than pi"):
         bias_tables(torch.tensor([4.0, 0.1]))
 
 

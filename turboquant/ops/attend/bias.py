@@ -5,6 +5,7 @@ from functools import lru_cache
 
 import torch
 
+from turboquant.errors import OptionError
 from turboquant.layout import BLOCK_TOKENS
 
 # Tokens for which a query's turned coefficients serve: angles within them come from one table.
@@ -96,7 +97,7 @@ def _tables(inverse_frequencies: tuple[float, ...]) -> BiasTables:
     signed = [(turn + (1 << 63)) % (1 << 64) - (1 << 63) for turn in turns]
 
     if radians.abs().max() >= torch.pi:
-        raise ValueError(
+        raise OptionError(
             f"a rotary embedding turns by {radians.abs().max():g} radians a position, a key bias needs less than pi"
         )
 

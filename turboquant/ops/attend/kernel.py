@@ -909,7 +909,7 @@ def attend_packed(
         coefficients,
         packed.table,
         packed.table.stride(0),
-        most_blocks,
+        min(most_blocks, packed.table.shape[1]),
         groups,
         heads_per_group,
         tokens,

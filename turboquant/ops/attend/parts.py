@@ -10,7 +10,8 @@ def join_launches(OVERLAPS: tl.constexpr):
     """Wait until the launch before this one has ended, where it may still run, and let the next one begin to start.
 
     In this order, so that when a program begins all that lies before the launch before has ended. Ahead of it only what
-    was there long before may be read, the rotations, and nothing be written.
+    was there long before may be read, rotations and tables, and nothing be written. The L2 may be asked for anything:
+    all writes go there.
     """
     if OVERLAPS:
         gdc_wait()
@@ -156,10 +157,12 @@ def ask_for_tail(base, first_slot, end_slot, DIM: tl.constexpr):
 
 @triton.jit
 def ask_for_entries(entries, start, count, step):
-    """Have the L2 read entries of a block table, [start, count), 16 a thread and so many from one time to the next."""
+    """Have the L2 read entries of a block table, [start, count), 128 times 16 at once and `step` from one time to the
+    next. The last of them may lie in a line of its own.
+    """
     own = tl.arange(0, 128) * 16
     for at in tl.range(start, count, step, num_stages=1):
-        _ask_for(entries + at + own, at + own < count)
+        _ask_for(entries + tl.minimum(at + own, count - 1), at + own < count + 15)
 
 
 @triton.jit

@@ -1,4 +1,7 @@
-"""The first and last launch of attend: queries rotated, the key bias folded in; parts merged and turned back."""
+"""The first and last launch of attend: queries rotated, the key bias folded in; parts merged and turned back.
+
+The first one also asks the L2 for what the second one waits for first.
+"""
 
 import triton
 import triton.language as tl

@@ -269,14 +269,14 @@ def _touch(pointer, is_wanted):
 @triton.jit
 def touch_tables(frequencies, spans, series, PAIRS_PADDED: tl.constexpr, FAST: tl.constexpr):
     """Have the L1 read the tables that the bias of the first tokens is made of, in lines of 128 bytes; of `spans` what
-    64 tokens take.
+    64 tokens take, of `series` as many.
     """
     thread = tl.arange(0, 32 * 4)
     line = thread % 64
     OPERANDS: tl.constexpr = FAST // 8 + 1
     part = tl.where(thread < 64, 0, 8 * 256 * OPERANDS)  # the low parts lie behind the high ones
     found = _touch(spans + part + line * 64, line < min(8 * OPERANDS, 64))
-    # both parts of the series, at most 64 lines, and frequencies, at most 4
+    # both parts of the series, and frequencies, at most 8 lines
     found ^= _touch(series + line * 64, (thread < 64) & (line < (PAIRS_PADDED - FAST) // 8 * 8))
     return found ^ _touch(frequencies + (line - 32) * 16, (thread >= 96) & (line - 32 < PAIRS_PADDED // 16))
 
@@ -380,9 +380,8 @@ def span_of_bias(
 def bias_beside(i, span, table, FAST: tl.constexpr):
     """What the bias adds, but for `bias_scale`, on either side of the middle of a span. table: BiasTables.spans.
 
-    With r = token_of_row: in rows 2 t and 2 t + 1 of token 16 i + r behind the middle, and of the eighth behind that.
-    Then of the tokens 16 i + 15 and 16 i + 7 before it, but for r XOR 7: the units of 16 tokens on both sides are
-    mirrored.
+    With r = token_of_row: in rows 2 t and 2 t + 1 at position middle + 16 i + r, and at the eighth behind that. Then at
+    middle - 16 (i + 1) + (r XOR 7) and the eighth behind that: units of 16 tokens on both sides are mirrored.
     """
     ASSEMBLY: tl.constexpr = piece(_BIAS, 0, FAST // 8 + 1)
     CONSTRAINTS: tl.constexpr = piece(_BIAS, 1, FAST // 8 + 1)

@@ -85,12 +85,8 @@ def decoder(planes: int, inputs: DecoderRegisters, outputs: Sequence[str]) -> st
         if first:
             lines.append(f"shr.u32 a, {inputs.a}, 2;")
             code = "a"
-        selectors = "s"
-        if planes < 3:
-            # the sign is a bit of the selector
-            lines.append(f"and.b32 s, {code}, 0x33333333;")
-        else:
-            lines.append(f"and.b32 t, {code}, 0x33333333;")
+        # the sign is a bit of the selector, or of one of its own
+        lines.append(f"and.b32 {'s' if planes < 3 else 't'}, {code}, 0x33333333;")
         if planes >= 2:
             bit = "y"
             if first:
@@ -107,7 +103,7 @@ def decoder(planes: int, inputs: DecoderRegisters, outputs: Sequence[str]) -> st
             ]
         at = 2 * first
         of_fields = (outputs[at], outputs[at + 1], outputs[at + 4], outputs[at + 5])
-        lines += _look_up(inputs, selectors, of_fields, "t" if planes == 3 else None)
+        lines += _look_up(inputs, "s", of_fields, "t" if planes == 3 else None)
     return "{\n.reg .b32 a, b, c, g, n, s, t, u, v, w, y, z;\n" + "\n".join(lines) + "\n}"
 
 
